@@ -1,0 +1,104 @@
+"""The cluster stage: Lloyd's loop here, its step a sum over the actors that hold the shards."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+
+import numpy as np
+import ray
+
+from selective_ray import kmeans
+from selective_ray.actors.session import peak_memory
+from selective_ray.actors.shards import Pool
+from selective_ray.config import Config
+from selective_ray.errors import UserError
+from selective_ray.progress import Reporter
+from selective_ray.schema import Partial
+from selective_ray.store import Manifest, Run, Stopwatch
+
+CENTROIDS = "centroids.npy"
+
+
+def cluster(
+    run: Run,
+    config: Config,
+    pool: Pool,
+    reporter: Reporter,
+    *,
+    earlier: Run | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Cluster the embeddings into as many clusters as the budget, into `clusters/` and `centroids.npy`."""
+    embeddings = run.manifest("embeddings")
+    assert embeddings is not None
+    n, budget = embeddings.rows, config.selection.budget
+    assert budget is not None
+    what = {"budget": budget, "cluster": config.cluster.model_dump(), "seed": config.seed}
+    if done := run.begin("clusters", what, run.fingerprints("embeddings"), earlier):
+        return done
+    if budget > n:
+        raise UserError(f"budget {budget} exceeds the {n} embedded images; lower --budget to {n} or fewer")
+    stopwatch = Stopwatch(run, "clusters")
+    with reporter.stage("cluster", config.cluster.iterations, "iterations") as bar:
+        pool.start()
+
+        def step(centroids: np.ndarray, candidates: int) -> Partial:
+            """One put of c·d floats; one Partial back from each actor, added as it comes."""
+            sent = ray.put(centroids)
+            answers = pool.each(lambda actor: actor.kmeans_step.remote(sent, candidates))
+            return functools.reduce(Partial.__add__, answers)
+
+        def watch(iteration: kmeans.Iteration) -> None:
+            bar.advance(1)
+            bar.say(f"mean squared distance {iteration.inertia:.4f}")
+            check()
+            stopwatch.note()
+
+        clustering = kmeans.lloyd(
+            step,
+            _rows(
+                pool, [shard.rows for shard in embeddings.shards], kmeans.initial_rows(n, budget, config.seed)
+            ),
+            n=n,
+            iterations=config.cluster.iterations,
+            tolerance=config.cluster.tolerance,
+            final_assignment=config.cluster.final_assignment,
+            watch=watch,
+        )
+        sent = [ray.put(clustering.assigned_by), ray.put(clustering.centroids)]
+        answers = list(pool.each(lambda actor: actor.write_clusters.remote(*sent)))
+    buffer = io.BytesIO()
+    np.save(buffer, clustering.centroids)
+    run.write_bytes(buffer.getvalue(), "clusters", CENTROIDS)
+    last = clustering.history[-1]
+    return run.finish(
+        "clusters",
+        [shard for shards, _ in answers for shard in shards],
+        seconds=stopwatch.seconds(),
+        peak_memory_bytes={"driver": peak_memory(), "largest_worker": max(peak for _, peak in answers)},
+        summary={
+            "clusters": budget,
+            "iterations": last.number,
+            "mean_sq_dist_to_centroid": last.inertia,
+            "smallest_cluster": last.smallest,
+            "largest_cluster": last.largest,
+            "empty_clusters_repaired": sum(iteration.empty for iteration in clustering.history),
+        },
+    )
+
+
+def _rows(pool: Pool, shard_rows: list[int], positions: np.ndarray) -> np.ndarray:
+    """Fetch rows by their position among all, in the order given: float32 [p, d]."""
+    ends = np.cumsum(shard_rows)
+    shards = np.searchsorted(ends, positions, side="right")
+    within = positions - (ends - shard_rows)[shards]
+    asked = {int(shard): within[shards == shard] for shard in np.unique(shards)}
+    found: dict[int, np.ndarray] = {}
+    for answer in pool.each(lambda actor: actor.rows_at.remote(asked)):
+        found |= answer
+    rows = np.empty((len(positions), next(iter(found.values())).shape[1]), np.float32)
+    for shard, x in found.items():
+        rows[shards == shard] = x
+    return rows

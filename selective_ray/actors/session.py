@@ -1,0 +1,72 @@
+"""A connection to Ray: the cluster that was named, else a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+
+import ray
+
+from selective_ray.errors import UserError
+
+
+class Session:
+    """The connection of one command: to `address`, else RAY_ADDRESS, else a private instance on this machine.
+
+    It is made when the first stage needs it, so that a complete run starts nothing. A process that is
+    connected already (a submitted job, a test) stays so.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address or os.environ.get("RAY_ADDRESS")
+        self.ours = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ours:
+            ray.shutdown()
+
+    def start(self) -> None:
+        """Connect unless connected; raise UserError where the cluster cannot be reached."""
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Else Ray warns in every worker of a machine without GPUs.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        try:
+            if self.address and self.address != "local":
+                ray.init(address=self.address, **quiet)
+            else:
+                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = (
+                f"at {self.address}; check --address and RAY_ADDRESS" if self.address else "on this machine"
+            )
+            raise UserError(f"Ray could not be started or reached {where}: {error}") from None
+        self.ours = True
+
+
+def cpus() -> int:
+    """CPUs of the cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def gpus() -> float:
+    """GPUs of the cluster."""
+    return ray.cluster_resources().get("GPU", 0.0)
+
+
+def peak_memory() -> int:
+    """Return the largest resident size that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what a task raised, out of the wrapper that carried it here."""
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error

@@ -1,0 +1,309 @@
+"""The command `selective-ray`: options in, sentences and exit status out."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selective_ray import __version__, config
+from selective_ray.errors import UsageError, UserError
+from selective_ray.progress import Reporter, one_line
+from selective_ray.store import BEGUN, TABLES, Run
+
+app = typer.Typer(
+    help="Pick the images worth labeling out of a pile of unlabeled ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Images = Annotated[
+    str | None, typer.Option("--images", help="Folder of images, searched with its subfolders.")
+]
+Embeddings = Annotated[
+    str | None,
+    typer.Option("--embeddings", help=".npy [n, d], Parquet with a column `embedding`, or an earlier run."),
+]
+RunUri = Annotated[str, typer.Option("--run", help="Folder that holds the run; continued if it is there.")]
+Budget = Annotated[int | None, typer.Option("--budget", help="How many images to select.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help=f"Published constants: {', '.join(config.PRESETS)}.")
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", help="TOML file with the sections of the configuration.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice (default 0).")]
+Encoder = Annotated[
+    str | None, typer.Option("--encoder", help="torchvision network, or pca (default resnet50).")
+]
+Checkpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="Weights of the encoder, in place of the published ones.")
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else a private instance).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@contextmanager
+def _sentences(debug: bool, as_json: bool = False) -> Iterator[None]:
+    """Turn errors into one line and an exit status: 1 failed, 2 wrong usage."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        if as_json:
+            print(json.dumps({"error": str(error)}))  # noqa: T201
+        _fail(one_line(error), 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to continue", 130)
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split())[:500]
+        _fail(f"{type(error).__name__}: {text}; run again with --debug to see where, or to continue", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"selective-ray: {message}", file=sys.stderr)  # noqa: T201
+    raise typer.Exit(status)
+
+
+def _advance(
+    upto: str,
+    *,
+    images: str | None,
+    embeddings: str | None,
+    run: str,
+    budget: int | None,
+    preset: str | None,
+    config_file: str | None,
+    assignments: list[str] | None,
+    seed: int | None,
+    encoder: str | None,
+    checkpoint: str | None,
+    address: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Run the stages up to a table and print what was done."""
+    with _sentences(debug, as_json):
+        started = time.monotonic()
+        if (images is None) == (embeddings is None):
+            raise UsageError("give either --images DIR or --embeddings FILE|RUN")
+        settings, asked = config.load(
+            preset=preset,
+            file=config_file,
+            assignments=assignments,
+            options={
+                "selection.budget": budget,
+                "seed": seed,
+                "embed.encoder": encoder,
+                "embed.checkpoint": checkpoint,
+            },
+            own_embeddings=embeddings is not None,
+        )
+        if upto in ("clusters", "selection") and settings.selection.budget is None:
+            raise UsageError("give --budget M, the number of images to select")
+        from selective_ray.actors import pipeline
+
+        reporter = Reporter(quiet=as_json)
+        where = Run(run)
+        complete = [table for table in TABLES if where.manifest(table)]
+        pipeline.advance(
+            where,
+            pipeline.Source(images, embeddings),
+            settings,
+            asked,
+            reporter,
+            upto=upto,
+            address=address,
+        )
+        _print_summary(pipeline.summarize(where), complete, reporter, as_json, time.monotonic() - started)
+
+
+def _print_summary(
+    summary: dict[str, Any], complete: list[str], reporter: Reporter, as_json: bool, seconds: float
+) -> None:
+    if as_json:
+        print(json.dumps({**summary, "already_complete": complete, "warnings": reporter.warnings}))  # noqa: T201
+        return
+    made = [table for table in summary["seconds"] if table not in complete]
+    if complete:
+        print(f"already complete: {', '.join(complete)}")  # noqa: T201
+    if not made:
+        print("nothing to do")  # noqa: T201
+    for line in _lines(summary, made, seconds):
+        print(line)  # noqa: T201
+
+
+def _lines(summary: dict[str, Any], made: list[str], seconds: float) -> Iterator[str]:
+    counts = []
+    if "images" in summary:
+        counts.append(f"{summary['images']:,} found")
+    if "embedded" in summary:
+        counts.append(f"{summary['embedded']:,} embedded")
+        counts.append(f"{summary['rejected']:,} rejected")
+    if "clusters" in summary:
+        counts.append(f"{summary['clusters']:,} clusters")
+    if "selected" in summary:
+        counts.append(f"{summary['selected']:,} selected")
+    yield f"images     {', '.join(counts)}"
+    for reason, count in summary.get("reasons", {}).items():
+        yield f"rejected   {count:,} {reason}"
+    if made:
+        stages = ", ".join(f"{table} {summary['seconds'][table]:.1f}" for table in made)
+        yield f"seconds    {stages}; {seconds:.1f} in all"
+    if "selected" in summary:
+        yield f"selection  {summary['run']}/selection/selection.csv"
+    if summary.get("report"):
+        yield f"report     {summary['report']}"
+
+
+def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
+    def command(
+        run: RunUri,
+        images: Images = None,
+        embeddings: Embeddings = None,
+        budget: Budget = None,
+        preset: Preset = None,
+        config_file: ConfigFile = None,
+        assignments: Set = None,
+        seed: Seed = None,
+        encoder: Encoder = None,
+        checkpoint: Checkpoint = None,
+        address: Address = None,
+        as_json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        _advance(
+            upto,
+            images=images,
+            embeddings=embeddings,
+            run=run,
+            budget=budget,
+            preset=preset,
+            config_file=config_file,
+            assignments=assignments,
+            seed=seed,
+            encoder=encoder,
+            checkpoint=checkpoint,
+            address=address,
+            as_json=as_json,
+            debug=debug,
+        )
+
+    command.__doc__ = help_text
+    return command
+
+
+for _name, _upto, _help in (
+    (
+        "select",
+        "selection",
+        "Pick the images worth labeling: every stage that is not complete, and the report.",
+    ),
+    ("embed", "embeddings", "List and embed the images."),
+    ("density", "density", "Embed, and measure how dense the neighborhood of every image is."),
+    ("cluster", "clusters", "Embed, and cluster into as many clusters as the budget."),
+):
+    app.command(_name)(_stage_command(_upto, _help))
+
+
+@app.command()
+def report(run: RunUri, debug: Debug = False) -> None:
+    """Write the report of a finished run again."""
+    with _sentences(debug):
+        from selective_ray import report as page
+
+        where = _existing(run)
+        selection = where.manifest("selection")
+        if selection is None:
+            raise UserError(f"{run} has no finished selection; run `selective-ray select` on it first")
+        page.write(where, seed=0)
+        print(where.path("report", "index.html"))  # noqa: T201
+
+
+@app.command()
+def status(run: RunUri, as_json: Json = False, debug: Debug = False) -> None:
+    """Say which stages of a run are complete."""
+    with _sentences(debug, as_json):
+        where = _existing(run)
+        states = {}
+        for table in TABLES:
+            manifest = where.manifest(table)
+            shards = where.finished_shards(table)
+            if manifest:
+                states[table] = {
+                    "state": "complete",
+                    "rows": manifest.rows,
+                    "seconds": manifest.seconds,
+                    "fingerprint": manifest.fingerprint,
+                    "refers_to": manifest.refers_to,
+                }
+            elif where.exists(table, BEGUN):
+                states[table] = {"state": "begun", "shards": len(shards)}
+            else:
+                states[table] = {"state": "not begun"}
+        if as_json:
+            print(json.dumps(states))  # noqa: T201
+            return
+        for table, state in states.items():
+            rest = ", ".join(
+                f"{key} {value}" for key, value in state.items() if key != "state" and value is not None
+            )
+            print(f"{table:<11} {state['state']:<10} {rest}".rstrip())  # noqa: T201
+
+
+def _existing(run: str) -> Run:
+    where = Run(run)
+    if not any(where.exists(table, name) for table in TABLES for name in ("manifest.json", BEGUN)):
+        raise UserError(f"{run} is not a run; check --run")
+    return where
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        str, typer.Option("--folder", help="Where the images and the runs of the demo go.")
+    ] = "demo",
+    seeds: Annotated[int, typer.Option(help="Seeds of the selection.", min=5)] = 5,
+    draws: Annotated[int, typer.Option(help="Random draws to compare with.", min=10)] = 20,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Select 40 of 1,797 handwritten digits and compare with random draws."""
+    with _sentences(debug, as_json):
+        from selective_ray.actors import demo as story
+
+        story.tell(Path(folder), seeds=seeds, draws=draws, as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; SIGTERM, as schedulers send it, ends it like Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    app()

@@ -1,0 +1,311 @@
+"""What is asked for: one model per stage for what changes the answer, and `Resources` for what does not.
+
+Order: default < preset < --config < options and --set. Unknown keys are errors that name the nearest key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from selective_ray import encoders
+from selective_ray.errors import UsageError
+from selective_ray.selection import Repulsion
+
+
+class Section(BaseModel):
+    """A section of the configuration; its values do not change and its keys are all there are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Embed(Section):
+    """Which network turns an image into a vector, and from which pixels."""
+
+    encoder: str = encoders.DEFAULT
+    checkpoint: str | None = None
+    # None: the size that the encoder's published weights were evaluated at.
+    image_size: int | None = Field(None, ge=1, le=4096)
+    # float16 halves the store and moves a tenth to a half of the picks on small sets.
+    dtype: Literal["float32", "float16"] = "float32"
+    # Every batch is padded to this size: the last bits of a network depend on the batch's shape.
+    batch: int = Field(64, ge=1)
+
+
+class Density(Section):
+    """How dense the neighborhood of an image is."""
+
+    # USL on ImageNet; large enough to average out single neighbors, small enough to stay local.
+    k: int = Field(20, ge=1)
+    # Published: every image is its own first neighbor, at distance 0.
+    include_self: bool = True
+    # "mean": 1 / mean of k squared distances (published code).
+    # "kth": 1 / k-th squared distance (the paper's p_kNN).
+    estimator: Literal["mean", "kth"] = "mean"
+    # "auto" is "exact" in this version: blocked brute force.
+    mode: Literal["auto", "exact"] = "auto"
+    # Squared distances under this count as this: exact duplicates get a high density, not an infinite one.
+    floor: float = Field(1e-6, gt=0)
+
+
+class Cluster(Section):
+    """K-Means with as many clusters as the budget."""
+
+    # With the tolerance, a bound that is rarely reached.
+    iterations: int = Field(100, ge=1)
+    # Stop when an iteration lowers the mean squared distance by less than this share of it.
+    tolerance: float = Field(1e-4, ge=0)
+    # The first rows of a seeded permutation (published).
+    init: Literal["random"] = "random"
+    # Labels belong to the centroids written; the published labels lag one update.
+    final_assignment: bool = True
+
+
+class Selection(Section):
+    """The densest image of each cluster, regularized."""
+
+    budget: int | None = Field(None, ge=1)
+    rounds: int = Field(10, ge=1)
+    weight: float = Field(0.5, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    # The exponent on the squared distance.
+    alpha: float = Field(0.5, gt=0, le=4)
+    # Picks at this squared distance or farther do not repel; 0: no limit.
+    horizon_sq_dist: float = Field(0.0, ge=0)
+    # Only so many nearest picks repel; 0: no limit.
+    horizon_picks: int = Field(0, ge=0)
+    exclude_own_cluster: bool = True
+    # "median": density in units of its median, repulsion in units of what picks feel from each other, so
+    # that one weight means the same for any n, d, k and budget. "none": as published.
+    scale: Literal["none", "median"] = "median"
+
+    def repulsion(self) -> Repulsion:
+        """Return how picks push, as the maths takes it."""
+        return Repulsion(
+            alpha=self.alpha,
+            horizon_sq_dist=self.horizon_sq_dist,
+            horizon_picks=self.horizon_picks,
+            exclude_own_cluster=self.exclude_own_cluster,
+        )
+
+
+class Resources(Section):
+    """Where the work is done; nothing here changes the answer."""
+
+    # Processes that hold shards and encode; None: one for each CPU of the cluster.
+    workers: int | None = Field(None, ge=1)
+    # GPUs an encoder takes; None: one where the cluster has any.
+    gpus_per_worker: float | None = Field(None, ge=0)
+    # Images in a shard; None: max(256, n / 64), at most 65,536.
+    shard_rows: int | None = Field(None, ge=1)
+    # A wave of shards without progress for so long is ended and begun again.
+    stall_seconds: float = Field(300.0, gt=0)
+
+
+class Config(Section):
+    """Everything that a run is asked for."""
+
+    embed: Embed = Embed()
+    density: Density = Density()
+    cluster: Cluster = Cluster()
+    selection: Selection = Selection()
+    seed: int = Field(0, ge=0, lt=2**32)
+    resources: Resources = Resources()
+
+
+# The published code has no floor; this one only keeps infinities away.
+_PUBLISHED_FLOOR = 1e-12
+_CIFAR = {
+    # The published features are those of a CLD ResNet-18 at 32 pixels, given here with --embeddings; this is
+    # the nearest network of torchvision.
+    "embed": {"encoder": "resnet18"},
+    # selective_labeling/usl-cifar.py: 0.8 % of 50,000 images, themselves included.
+    "density": {"k": 400, "floor": _PUBLISHED_FLOOR},
+    # 200 iterations without a test of convergence; labels lag one update.
+    "cluster": {"iterations": 200, "tolerance": 0.0, "final_assignment": False},
+}
+_IMAGENET = {
+    "embed": {"encoder": "resnet50"},
+    # selective_labeling/usl-imagenet.py
+    "density": {"k": 20, "floor": _PUBLISHED_FLOOR},
+    "cluster": {"iterations": 100, "tolerance": 0.0, "final_assignment": False},
+}
+# Constants of the published code (TonyLianLong/UnsupervisedSelectiveLabeling, ceaab3c), by its configuration.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # configs/cifar10_usl.yaml: budget 40, seeds 1 to 5.
+    "usl-cifar10": {
+        **_CIFAR,
+        "selection": {
+            "rounds": 10,
+            "weight": 0.5,
+            "momentum": 0.9,
+            "alpha": 0.5,
+            "horizon_sq_dist": 4.0,
+            "horizon_picks": 0,
+            "exclude_own_cluster": True,
+            "scale": "none",
+        },
+    },
+    # configs/cifar100_usl.yaml: budget 400, seeds 1 to 5.
+    "usl-cifar100": {
+        **_CIFAR,
+        "selection": {
+            "rounds": 10,
+            "weight": 1.0,
+            "momentum": 0.9,
+            "alpha": 1.0,
+            "horizon_sq_dist": 1.0,
+            "horizon_picks": 0,
+            "exclude_own_cluster": True,
+            "scale": "none",
+        },
+    },
+    # configs/imagenet_usl_moco_0.2.yaml: budget 2,911, seed 0; alpha is the code's default. Only a pick at
+    # distance exactly 0 is left out, so a pick repels the rest of its own cluster.
+    "usl-imagenet-moco": {
+        **_IMAGENET,
+        "selection": {
+            "rounds": 2,
+            "weight": 1.5,
+            "momentum": 0.0,
+            "alpha": 0.5,
+            "horizon_sq_dist": 0.0,
+            "horizon_picks": 128,
+            "exclude_own_cluster": False,
+            "scale": "none",
+        },
+    },
+    # configs/imagenet_usl_clip_0.2.yaml: budget 2,911, seed 0. CLIP's image tower is not in torchvision.
+    "usl-imagenet-clip": {
+        **_IMAGENET,
+        "embed": {"encoder": "vit_b_16"},
+        "selection": {
+            "rounds": 2,
+            "weight": 0.05,
+            "momentum": 0.0,
+            "alpha": 1.0,
+            "horizon_sq_dist": 0.0,
+            "horizon_picks": 32,
+            "exclude_own_cluster": True,
+            "scale": "none",
+        },
+    },
+}
+
+
+def load(
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    assignments: list[str] | None = None,
+    options: dict[str, Any] | None = None,
+    own_embeddings: bool = False,
+) -> tuple[Config, set[str]]:
+    """Merge the sources into a Config; also return the dotted keys that were asked for, not left at default.
+
+    assignments are `section.key=value` strings (--set); options maps dotted keys to the values of command
+    line options, None where an option was not given. With own_embeddings a preset's [embed] is ignored.
+    Raises UsageError for unknown presets, keys and values, and where an option and a --set disagree.
+    """
+    asked: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(
+                f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}"
+            )
+        sections = {
+            name: keys for name, keys in PRESETS[preset].items() if name != "embed" or not own_embeddings
+        }
+        asked |= _flatten(sections)
+    if file is not None:
+        asked |= _flatten(_read_toml(file))
+    direct = {key: value for key, value in (options or {}).items() if value is not None}
+    given: dict[str, Any] = {}
+    for assignment in assignments or []:
+        key, value = _parse(assignment)
+        if key in given and given[key] != value:
+            raise UsageError(f"--set gives {key} twice, {given[key]!r} and {value!r}; keep one")
+        if key in direct and direct[key] != value:
+            raise UsageError(
+                f"--set {key}={value} disagrees with the option that sets {key} to {direct[key]}; keep one"
+            )
+        given[key] = value
+    asked |= direct | given
+    return _validate(asked), set(asked)
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        nested = isinstance(section, type) and issubclass(section, Section)
+        keys += [f"{name}.{key}" for key in section.model_fields] if nested else [name]
+    return keys
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _flatten(sections: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _read_toml(file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"configuration file {file} does not exist; check --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"configuration file {file} cannot be read ({error}); check --config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"configuration file {file} is not valid TOML: {error}") from None
+
+
+def _parse(assignment: str) -> tuple[str, Any]:
+    key, equals, text = assignment.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise UsageError(f"--set {assignment!r} is not of the form section.key=value")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A bare word is a string: --set embed.encoder=resnet18
+        return key, {"none": None, "None": None}.get(text, text)
+
+
+def _validate(flat: dict[str, Any]) -> Config:
+    known = _known_keys()
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key not in known:
+            raise UsageError(f"unknown key {key!r}{_nearest(key, known)}")
+        section, dot, name = key.partition(".")
+        if dot:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[key] = value
+    try:
+        config = Config.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{key} = {first['input']!r} is not possible: {first['msg'].lower()}") from None
+    encoders.check_name(config.embed.encoder)
+    if config.density.k == 1 and config.density.include_self:
+        raise UsageError(
+            "density.k = 1 with density.include_self is the distance of every image to itself, which is 0; "
+            "ask for k of 2 or more"
+        )
+    return config

@@ -1,0 +1,49 @@
+"""Squared distances: products propose, direct differences decide.
+
+A matrix product differs in its last bits with block size, threads and device. So it only proposes: wherever
+two results lie within `product_error`, the rows themselves are compared by `sq_dists_direct`, which depends
+on nothing but the two rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+# Entries in one block of products: 16 MB of float32, which stays near the caches.
+BLOCK_PRODUCTS = 1 << 22
+# Coordinates of direct differences at a time: 256 KB of float64.
+PAIR_ENTRIES = 1 << 15
+
+
+def product_error(d: int, x_norm: float = 1.0, y_norm: float = 1.0) -> float:
+    """Bound the error of |x|^2 + |y|^2 - 2xy in float32, whatever the order of its sums.
+
+    A sum of d products is off by at most d * 2^-24 times the sum of their sizes (Higham, Accuracy and
+    Stability, 3.1); 8 more roundings cover the norms and the last two additions.
+    """
+    return (d + 8) * 2.0**-24 * (x_norm + y_norm) ** 2
+
+
+def sq_dists_direct(x: np.ndarray, rows: np.ndarray, y: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Squared distances of the pairs x[rows], y[columns] by direct differences in float64: [p].
+
+    The last word wherever two products are too close to call: it depends on the two rows only.
+    """
+    out = np.empty(len(rows))
+    # Few enough pairs at a time that their differences stay in the second-level cache.
+    step = max(1, PAIR_ENTRIES // x.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        difference = x[rows[part]].astype(np.float64)
+        difference -= y[columns[part]]
+        out[part] = np.einsum("pd,pd->p", difference, difference)
+    return out
+
+
+def blocks(n: int, width: int) -> Iterator[slice]:
+    """Cut n rows so that a block times `width` columns has at most BLOCK_PRODUCTS entries."""
+    rows = max(1, BLOCK_PRODUCTS // max(1, width))
+    for start in range(0, n, rows):
+        yield slice(start, min(n, start + rows))

@@ -1,0 +1,9 @@
+"""What a person is told when something cannot be done: sentences with the remedy, never tracebacks."""
+
+
+class UserError(Exception):
+    """The world does not fit the request (exit status 1); the message says why and what to do."""
+
+
+class UsageError(UserError):
+    """The request itself cannot be right, whatever the data (exit status 2)."""

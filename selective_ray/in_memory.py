@@ -1,0 +1,110 @@
+"""The whole selection over an array, in this process and without Ray."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selective_ray import config as configuration
+from selective_ray import density, embeddings, kmeans, selection
+from selective_ray.errors import UserError
+from selective_ray.schema import Picks
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The selection, ordered by cluster, and what it was derived from.
+
+    Of the m picks: rows int64, cluster_ids int32, sq_dists float32, repulsions float64, utilities float64.
+    Of all n rows: all_cluster_ids int32, all_sq_dists float32 (what density is the inverse of). And the
+    centroids, float32 [m, d].
+    """
+
+    rows: np.ndarray
+    cluster_ids: np.ndarray
+    sq_dists: np.ndarray
+    repulsions: np.ndarray
+    utilities: np.ndarray
+    all_cluster_ids: np.ndarray
+    all_sq_dists: np.ndarray
+    centroids: np.ndarray
+
+
+def select(
+    x: np.ndarray,
+    budget: int,
+    *,
+    preset: str | None = None,
+    seed: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Selected:
+    """Pick `budget` of the rows of x that are most worth labeling.
+
+    x is an array [n, d] of numbers, one row an image; rows are made unit length. settings are the keys of
+    the configuration, as in {"selection.weight": 1.0}. Gives the same picks as the command on the same
+    embeddings. Raises UserError where the data do not allow it, UsageError for unknown keys and values.
+    """
+    x = np.asarray(x)
+    embeddings.check_shape(x.shape, x.dtype, "the array")
+    x, *unusable = embeddings.unit_rows(x)
+    embeddings.complain(*unusable, "the array")
+    config, asked = configuration.load(
+        preset=preset,
+        options={**(settings or {}), "seed": seed, "selection.budget": budget},
+        own_embeddings=True,
+    )
+    n = len(x)
+    if budget > n:
+        raise UserError(f"budget {budget} exceeds the {n} embeddings; lower it to {n} or fewer")
+    k, warning = density.possible_k(config.density.k, n, config.density.include_self, "density.k" in asked)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    ids = np.arange(n)
+    found = density.neighbors(x, [(ids, x)], density.neighbors_needed(k, config.density.include_self))
+    sq_dists = density.sq_dists_of(found, k=k, estimator=config.density.estimator)
+
+    rows = kmeans.Rows(x, ids, n)
+    clustering = kmeans.lloyd(
+        rows.step,
+        x[kmeans.initial_rows(n, budget, config.seed)],
+        n=n,
+        iterations=config.cluster.iterations,
+        tolerance=config.cluster.tolerance,
+        final_assignment=config.cluster.final_assignment,
+    )
+    labels = kmeans.assign(x, clustering.assigned_by)
+
+    scaled = config.selection.scale == "median"
+    unit = density.median(lambda high: density.half_counts(sq_dists, high)) if scaled else 1.0
+    parameters = config.selection.repulsion()
+    candidates = selection.Candidates(
+        x,
+        ids,
+        labels,
+        density.relative(sq_dists, unit=unit, floor=config.density.floor),
+        momentum=config.selection.momentum,
+        parameters=parameters,
+    )
+    picks: Picks = selection.rounds(
+        candidates.nominate,
+        lambda picks: selection.PickedVectors(picks.cluster_ids, x[picks.image_ids]),
+        candidates.repel,
+        n_rounds=config.selection.rounds,
+        weight=config.selection.weight,
+        unit=(lambda picked: selection.repulsion_unit(picked, parameters))
+        if scaled
+        else (lambda picked: 1.0),
+    )
+    return Selected(
+        picks.image_ids,
+        picks.cluster_ids,
+        sq_dists[picks.image_ids],
+        candidates.exact_repulsion(picks.image_ids),
+        picks.utilities,
+        labels,
+        sq_dists,
+        clustering.centroids,
+    )

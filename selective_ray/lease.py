@@ -1,0 +1,179 @@
+"""The lease of a run: one writer at a time, and a dead one's place is taken at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from selective_ray.errors import UserError
+from selective_ray.store import Run
+
+FILE = "lease.json"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process of this machine began, in clock ticks; None if there is no such process.
+
+    A pid is given again to other processes; the pair of pid and start is not.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"
+
+
+class Lease:
+    """Holds a run for this process while in a `with` block; raises UserError if another process lives.
+
+    A holder on this host whose process is gone is replaced at once, as is one whose heartbeat is older than
+    60 seconds, wherever it ran. A fresher one from elsewhere is watched, with a message through `say`: if
+    its heart beats again it lives, else its place is taken when it is stale.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None] = lambda message: None) -> None:
+        self.run, self.say = run, say
+        self.token = secrets.token_hex(8)
+        self.stop = threading.Event()
+
+    def __enter__(self) -> Lease:
+        while (holder := self._read()) is not None and holder["token"] != self.token:
+            self._wait_until_gone(holder)
+            self._remove(holder)
+        self._claim()
+        self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop.set()
+        self.thread.join()
+        if (holder := self._read()) and holder["token"] == self.token:
+            self.run.fs.delete_file(self.run.path(FILE))
+
+    def check(self) -> None:
+        """Raise UserError if another process has taken the run over, as it may after 60 silent seconds."""
+        holder = self._read()
+        if not holder or holder["token"] != self.token:
+            raise UserError(f"{self.run.uri} was taken over by another process; this one stops")
+
+    def _read(self) -> dict | None:
+        try:
+            return json.loads(self.run.read_bytes(FILE))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {"token": "", "host": "?", "pid": 0, "boot_id": "?", "started": "?", "heartbeat": 0.0}
+
+    def _content(self) -> bytes:
+        pid = os.getpid()
+        return json.dumps(
+            {
+                "token": self.token,
+                "host": socket.gethostname(),
+                "pid": pid,
+                "boot_id": _boot_id(),
+                "started": _started(pid),
+                "heartbeat": time.time(),
+            }
+        ).encode()
+
+    def _wait_until_gone(self, holder: dict) -> None:
+        if holder["host"] == socket.gethostname():
+            alive = holder["boot_id"] == _boot_id() and _started(holder["pid"]) == holder["started"]
+            if alive:
+                raise UserError(
+                    f"{self.run.uri} is in use by process {holder['pid']} on this machine; "
+                    "wait for it to end, or stop it, and run the same command again"
+                )
+            return
+        seen = holder
+        while (left := STALE_SECONDS - (time.time() - seen["heartbeat"])) > 0:
+            self.say(
+                f"{self.run.uri} was in use on {seen['host']} {STALE_SECONDS - left:.0f} s ago; "
+                f"waiting up to {left:.0f} s to see whether that process lives"
+            )
+            time.sleep(min(left, HEARTBEAT_SECONDS / 2))
+            now = self._read()
+            if now is None:
+                return
+            if now["heartbeat"] > seen["heartbeat"]:
+                raise UserError(
+                    f"{self.run.uri} is in use by process {now['pid']} on {now['host']}; "
+                    "wait for it to end, or stop it, and run the same command again"
+                )
+
+    def _remove(self, holder: dict) -> None:
+        """Take a dead holder's lease away; of several that try, the rename lets one succeed."""
+        path = self.run.path(FILE)
+        if not self.run.is_local:
+            return
+        try:
+            aside = f"{path}.{self.token}.tmp"
+            Path(path).rename(aside)
+            if json.loads(Path(aside).read_bytes() or b"{}").get("token", "") != holder["token"]:
+                # Another process took the place in between: give it back.
+                os.link(aside, path)
+            Path(aside).unlink()
+        except (FileNotFoundError, FileExistsError, ValueError):
+            pass
+
+    def _claim(self) -> None:
+        """Write the lease unless somebody else has; only one of several at once succeeds."""
+        path = self.run.path(FILE)
+        if self.run.is_local:
+            temporary = f"{path}.{self.token}.tmp"
+            Path(temporary).write_bytes(self._content())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise self._lost_race() from None
+            finally:
+                Path(temporary).unlink()
+            return
+        # Object stores have no exclusive creation everywhere: the last of several writers holds the lease.
+        self.run.write_bytes(self._content(), FILE)
+        time.sleep(1.0)
+        if (holder := self._read()) is None or holder["token"] != self.token:
+            raise self._lost_race()
+
+    def _lost_race(self) -> UserError:
+        return UserError(f"{self.run.uri} was taken by another process a moment ago; wait for it to end")
+
+    def _beat(self) -> None:
+        while not self.stop.wait(HEARTBEAT_SECONDS):
+            try:
+                self.check()
+                self.run.write_bytes(self._content(), FILE)
+            except UserError:
+                return
+            except OSError:
+                # A store that does not answer now may do so at the next beat.
+                continue

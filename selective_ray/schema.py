@@ -1,0 +1,167 @@
+"""The contract: the tables on disk and the three values that merge.
+
+Letters used everywhere: n rows, d dimensions, k neighbors, c clusters, m budget. Embeddings are float32 and
+unit length, sums are int64 fixed point, utilities float64, image ids int64, cluster ids int32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("size", pa.int64()),
+        ("version", pa.string()),
+    ]
+)
+REJECTED = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())])
+DENSITY = {
+    "mean": pa.schema([("image_id", pa.int64()), ("mean_sq_dist", pa.float32())]),
+    "kth": pa.schema(
+        [("image_id", pa.int64()), ("kth_sq_dist", pa.float32()), ("log_density", pa.float64())]
+    ),
+}
+CLUSTERS = pa.schema([("image_id", pa.int64()), ("cluster_id", pa.int32()), ("sq_dist", pa.float32())])
+
+
+def embeddings_schema(dimension: int, dtype: str) -> pa.Schema:
+    """Schema of `embeddings/`; a list of fixed size, because offsets of int32 overflow at 2^31 values."""
+    value = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    return pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(value, dimension))])
+
+
+def selection_schema(estimator: str) -> pa.Schema:
+    """Schema of `selection/`; the column of the measured distance is named as in `density/`."""
+    return pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("uri", pa.string()),
+            ("cluster_id", pa.int32()),
+            (sq_dist_column(estimator), pa.float32()),
+            ("repulsion", pa.float64()),
+            ("utility", pa.float64()),
+        ]
+    )
+
+
+def sq_dist_column(estimator: str) -> str:
+    """Name of the distance that the estimator measures, in `density/` and in `selection/`."""
+    return {"mean": "mean_sq_dist", "kth": "kth_sq_dist"}[estimator]
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a set of rows contributes to one K-Means update; adding is exact, so no order matters.
+
+    sums int64 [c, d] and sq_norm int are fixed point (`kmeans.fixed_point_bits`), counts int64 [c]. The
+    candidates for empty clusters are distinct vectors, farthest from their centroid first: far_sq_dists
+    float64 [e], far_image_ids int64 [e], far_x float32 [e, d]; `capacity` is the largest e that is kept.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    sq_norm: int
+    far_sq_dists: np.ndarray
+    far_image_ids: np.ndarray
+    far_x: np.ndarray
+    capacity: int
+
+    @staticmethod
+    def zero(c: int, d: int, capacity: int = 0) -> Partial:
+        """Return the identity of `+`."""
+        return Partial(
+            np.zeros((c, d), np.int64),
+            np.zeros(c, np.int64),
+            0,
+            np.empty(0, np.float64),
+            np.empty(0, np.int64),
+            np.empty((0, d), np.float32),
+            capacity,
+        )
+
+    def __add__(self, other: Partial) -> Partial:
+        far = farthest(
+            np.concatenate([self.far_sq_dists, other.far_sq_dists]),
+            np.concatenate([self.far_image_ids, other.far_image_ids]),
+            np.concatenate([self.far_x, other.far_x]),
+            self.capacity,
+        )
+        return Partial(
+            self.sums + other.sums,
+            self.counts + other.counts,
+            self.sq_norm + other.sq_norm,
+            *far,
+            self.capacity,
+        )
+
+
+def farthest(
+    sq_dists: np.ndarray, image_ids: np.ndarray, x: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keep the `capacity` rows with the largest (sq_dist, -image_id) whose vectors differ from each other.
+
+    Two empty clusters must not be given the same vector: one of them would stay empty.
+    """
+    order = np.lexsort((image_ids, -sq_dists))
+    _, first = np.unique(x[order].view(np.uint32), axis=0, return_index=True) if len(x) else (None, order)
+    keep = order[np.sort(first)[:capacity]]
+    return sq_dists[keep], image_ids[keep], x[keep]
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The nearest neighbors found so far: sq_dists float64 [n, k] ascending, image_ids int64 [n, k].
+
+    Places not filled yet hold infinity and -1. DESIGN keeps float32 at rest; in flight the distances are
+    the float64 ones that were compared.
+    """
+
+    sq_dists: np.ndarray
+    image_ids: np.ndarray
+
+    @staticmethod
+    def none(n: int, k: int) -> Neighbors:
+        """Return the identity of `merge`."""
+        return Neighbors(np.full((n, k), np.inf), np.full((n, k), -1, np.int64))
+
+    def merge(self, other: Neighbors) -> Neighbors:
+        """Keep the k smallest of both by (sq_dist, image_id), row by row; the two hold different images."""
+        k = self.sq_dists.shape[1]
+        sq_dists = np.concatenate([self.sq_dists, other.sq_dists], axis=1)
+        image_ids = np.concatenate([self.image_ids, other.image_ids], axis=1)
+        order = np.lexsort((image_ids, sq_dists), axis=1)[:, :k]
+        return Neighbors(
+            np.take_along_axis(sq_dists, order, axis=1), np.take_along_axis(image_ids, order, axis=1)
+        )
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The best image of each cluster, ordered by cluster: cluster_ids int32 [m], image_ids int64 [m],
+    utilities float64 [m]."""
+
+    cluster_ids: np.ndarray
+    image_ids: np.ndarray
+    utilities: np.ndarray
+
+    @staticmethod
+    def none() -> Picks:
+        """Return the identity of `merge`."""
+        return Picks(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float64))
+
+    def merge(self, other: Picks) -> Picks:
+        """Keep, for each cluster, the larger by (utility, -image_id)."""
+        cluster_ids = np.concatenate([self.cluster_ids, other.cluster_ids])
+        image_ids = np.concatenate([self.image_ids, other.image_ids])
+        utilities = np.concatenate([self.utilities, other.utilities])
+        order = np.lexsort((image_ids, -utilities, cluster_ids))
+        _, first = np.unique(cluster_ids[order], return_index=True)
+        best = order[first]
+        return Picks(cluster_ids[best], image_ids[best], utilities[best])

@@ -1,0 +1,336 @@
+"""A run: one folder a table on any URI, shards written whole, the manifest last.
+
+Everything is opened here. A stage that is under way has `begun.json` beside its shards, which says what is
+being made; a finished one has `manifest.json`. So shards of another configuration are never taken for this
+one's, whenever the process died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import secrets
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from selective_ray import __version__
+from selective_ray.errors import UserError
+from selective_ray.schema import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+# Each table with the command that makes it.
+TABLES = ("images", "embeddings", "rejected", "density", "clusters", "selection")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a table: its name, rows, the sha256 of its bytes, and the device that computed it."""
+
+    name: str
+    rows: int
+    sha256: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder holds and what it was made from."""
+
+    stage: str
+    what: dict[str, Any]
+    inputs: dict[str, str]
+    fingerprint: str
+    shards: list[Shard]
+    rows: int
+    seconds: float
+    peak_memory_bytes: dict[str, int]
+    summary: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+    code: dict[str, str | None] = field(default_factory=lambda: code_version())
+    # Another run's folder that holds the shards, where this run reuses them.
+    refers_to: str | None = None
+
+
+def shard_name(index: int) -> str:
+    """Name of the file of shard `index`."""
+    return f"part-{index:05d}.parquet"
+
+
+def fingerprint(stage: str, what: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Hash what a stage makes and from which inputs: sha256 of the sorted JSON, 16 characters."""
+    text = json.dumps([stage, SCHEMA_VERSION, what, inputs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_version() -> dict[str, str | None]:
+    """Return version and git commit of this package, null where it does not come from a checkout."""
+    here = Path(__file__).parent
+    commit = None
+    if (here.parent / ".git").exists():
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        )
+        commit = answer.stdout.strip() or None
+    return {"version": __version__, "commit": commit}
+
+
+def differences(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """List the keys in which two configurations differ, as `key: theirs there, mine here`."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = sorted(mine.keys() | theirs.keys())
+        nested = (differences(mine.get(key), theirs.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys)
+        return [line for lines in nested for line in lines]
+    return [] if mine == theirs else [f"{prefix} is {theirs} there and {mine} here"]
+
+
+class Run:
+    """A run folder; `uri` is a local path or anything pyarrow's filesystems open."""
+
+    def __init__(self, uri: str) -> None:
+        try:
+            if "://" in uri:
+                self.fs, self.root = pafs.FileSystem.from_uri(uri)
+                self.uri = uri.rstrip("/")
+            else:
+                self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).absolute())
+                self.uri = self.root
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{uri} cannot be opened: {error}; check --run") from None
+        self.root = self.root.rstrip("/")
+        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def __reduce__(self) -> tuple[type[Run], tuple[str]]:
+        return Run, (self.uri,)
+
+    def path(self, *parts: str) -> str:
+        """Join parts below the run, in the form its filesystem takes."""
+        return "/".join((self.root, *parts))
+
+    def prepare(self) -> None:
+        """Make the run folder; raise UserError where it cannot be written."""
+        try:
+            self.fs.create_dir(self.root, recursive=True)
+            self.write_bytes(b"", ".writable")
+            self.fs.delete_file(self.path(".writable"))
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.uri} cannot be written ({error}); choose another --run"
+            ) from None
+
+    # Files
+
+    def exists(self, *parts: str) -> bool:
+        """Whether a file is there."""
+        return self.fs.get_file_info(self.path(*parts)).type == pafs.FileType.File
+
+    def read_bytes(self, *parts: str) -> bytes:
+        """Return the bytes of a file."""
+        with self.fs.open_input_stream(self.path(*parts)) as stream:
+            return stream.read()
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Write a file so that it is there whole or not at all."""
+        path = self.path(*parts)
+        if not self.is_local:
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        Path(temporary).write_bytes(data)
+        Path(temporary).replace(path)
+
+    def read_json(self, *parts: str) -> Any:
+        """Return the content of a JSON file, or None where there is none."""
+        try:
+            return json.loads(self.read_bytes(*parts))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise UserError(
+                f"{self.path(*parts)} is damaged; move the folder {self.path(*parts[:-1])} away and run again"
+            ) from None
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        """Write a JSON file whole."""
+        self.write_bytes((json.dumps(value, indent=1) + "\n").encode(), *parts)
+
+    # Tables
+
+    def home(self, table: str) -> Run:
+        """Return the run whose folder holds this table: this one, or the one it refers to."""
+        found = self.manifest(table)
+        return Run(found.refers_to).home(table) if found and found.refers_to else self
+
+    def write_shard(self, table: str, index: int, content: pa.Table, device: str = "cpu") -> Shard:
+        """Write shard `index` of a table; a shard that is already there stays, as it holds the same."""
+        buffer = io.BytesIO()
+        metadata = {**(content.schema.metadata or {}), b"device": device.encode()}
+        content = content.replace_schema_metadata(metadata)
+        # Unit vectors do not compress; ids and uris do.
+        compression = "none" if "embedding" in content.column_names else "zstd"
+        pq.write_table(content, buffer, compression=compression)
+        data = buffer.getvalue()
+        name = shard_name(index)
+        if not self.exists(table, name):
+            self.write_bytes(data, table, name)
+        return Shard(name, len(content), hashlib.sha256(data).hexdigest(), device)
+
+    def read_shard(self, table: str, index: int, columns: list[str] | None = None) -> pa.Table:
+        """Return shard `index` of a table; raise UserError where it is missing or damaged."""
+        home = self.home(table)
+        path = home.path(table, shard_name(index))
+        try:
+            return pq.read_table(path, filesystem=home.fs, columns=columns, partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"{path} is missing or damaged ({error}); remove {home.path(table)} and run again"
+            ) from None
+
+    def read_embeddings(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard `index` of the embeddings: image_ids int64 [n], x float32 [n, d]."""
+        content = self.read_shard("embeddings", index).combine_chunks()
+        lists = content["embedding"].combine_chunks()
+        d = content.schema.field("embedding").type.list_size
+        x = lists.flatten().to_numpy().reshape(-1, d).astype(np.float32, copy=False)
+        return content["image_id"].to_numpy(), x
+
+    def finished_shards(self, table: str) -> list[int]:
+        """Return the indices of the shards that are there, whether or not the table is complete."""
+        selector = pafs.FileSelector(self.path(table), allow_not_found=True)
+        names = [info.base_name for info in self.fs.get_file_info(selector)]
+        return sorted(
+            int(name[5:-8]) for name in names if name.startswith("part-") and name.endswith(".parquet")
+        )
+
+    def recorded_shard(self, table: str, index: int) -> Shard | None:
+        """Describe a shard that an earlier attempt left, by reading it; None where it is damaged."""
+        data = self.read_bytes(table, shard_name(index))
+        try:
+            file = pq.ParquetFile(io.BytesIO(data))
+        except (OSError, pa.ArrowException):
+            self.fs.delete_file(self.path(table, shard_name(index)))
+            return None
+        device = (file.schema_arrow.metadata or {}).get(b"device", b"cpu").decode()
+        return Shard(shard_name(index), file.metadata.num_rows, hashlib.sha256(data).hexdigest(), device)
+
+    # Manifests
+
+    def manifest(self, table: str) -> Manifest | None:
+        """Return the manifest of a finished table, else None."""
+        found = self.read_json(table, MANIFEST)
+        if found is None:
+            return None
+        if found.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path(table)} was written by another version of the store "
+                f"({found.get('schema_version')}, this is {SCHEMA_VERSION}); use a new --run"
+            )
+        return Manifest(**{**found, "shards": [Shard(**shard) for shard in found["shards"]]})
+
+    def begin(
+        self, table: str, what: dict[str, Any], inputs: dict[str, str], earlier: Run | None = None
+    ) -> Manifest | None:
+        """Claim a table for what is to be made: its manifest where that is complete, else None.
+
+        Where nothing is here yet and the `earlier` run has finished just that, this run refers to it.
+        Raises UserError where the folder was finished or begun with another configuration.
+        """
+        wanted = fingerprint(table, what, inputs)
+        there = self.manifest(table)
+        theirs = asdict(there) if there else self.read_json(table, BEGUN)
+        if theirs and theirs["fingerprint"] != wanted:
+            keys = differences({**what, "inputs": inputs}, {**theirs["what"], "inputs": theirs["inputs"]})
+            raise UserError(
+                f"{self.path(table)} was made with another configuration ({theirs['fingerprint']}, "
+                f"now {wanted}): {'; '.join(keys)}. Choose another --run"
+                + (
+                    f", with --embeddings {self.uri} to use its embeddings again"
+                    if self.exists("embeddings", MANIFEST)
+                    else ""
+                )
+            )
+        if not theirs:
+            finished = earlier and earlier.manifest(table)
+            if finished and finished.fingerprint == wanted:
+                return self.refer(table, earlier)
+            begun = {"stage": table, "what": what, "inputs": inputs, "fingerprint": wanted, "seconds": 0.0}
+            self.write_json(begun, table, BEGUN)
+        return there
+
+    def finish(
+        self,
+        table: str,
+        shards: Iterable[Shard],
+        *,
+        seconds: float,
+        peak_memory_bytes: dict[str, int],
+        summary: dict[str, Any],
+        found: dict[str, Any] | None = None,
+    ) -> Manifest:
+        """Write the manifest of a table that was begun; from then on it is complete.
+
+        `found` is what only the work could tell and what belongs to `what`, as the digest of a listing.
+        """
+        begun = self.read_json(table, BEGUN)
+        what = {**begun["what"], **(found or {})}
+        shards = sorted(shards, key=lambda shard: shard.name)
+        done = Manifest(
+            stage=table,
+            what=what,
+            inputs=begun["inputs"],
+            fingerprint=fingerprint(table, what, begun["inputs"]),
+            shards=shards,
+            rows=sum(shard.rows for shard in shards),
+            seconds=round(seconds, 3),
+            peak_memory_bytes=peak_memory_bytes,
+            summary=summary,
+        )
+        self.write_json(asdict(done), table, MANIFEST)
+        self.fs.delete_file(self.path(table, BEGUN))
+        return done
+
+    def fingerprints(self, *tables: str) -> dict[str, str]:
+        """Return the fingerprints of finished tables, as the inputs of what is made from them."""
+        found = {table: self.manifest(table) for table in tables}
+        return {table: manifest.fingerprint for table, manifest in found.items() if manifest}
+
+    def refer(self, table: str, other: Run) -> Manifest:
+        """Make a table of this run stand for the same table of another, by its manifest."""
+        theirs = other.manifest(table)
+        assert theirs is not None
+        mine = {**asdict(theirs), "refers_to": other.home(table).uri}
+        self.write_json(mine, table, MANIFEST)
+        return self.manifest(table)
+
+
+class Stopwatch:
+    """Counts the seconds a table takes, those of earlier attempts that were cut short included."""
+
+    def __init__(self, run: Run, table: str) -> None:
+        self.run, self.table = run, table
+        begun = run.read_json(table, BEGUN)
+        self.earlier = begun["seconds"] if begun else 0.0
+        self.start = self.noted = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of all attempts so far."""
+        return self.earlier + time.monotonic() - self.start
+
+    def note(self) -> None:
+        """Record the seconds so far in the folder, at most every five seconds."""
+        if time.monotonic() - self.noted > 5:
+            self.noted = time.monotonic()
+            begun = self.run.read_json(self.table, BEGUN)
+            self.run.write_json({**begun, "seconds": self.seconds()}, self.table, BEGUN)
