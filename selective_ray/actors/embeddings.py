@@ -28,7 +28,7 @@ import ray
 
 from selective_ray import encoders, images
 from selective_ray.actors.images import table_of
-from selective_ray.actors.session import Session, cause_of, cpus, gpus, peak_memory
+from selective_ray.actors.session import Session, cpus, gpus, peak_memory, unwrapped
 from selective_ray.config import Config, Resources
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter, Watch
@@ -51,12 +51,13 @@ Read = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class Range:
-    """Images [start, stop) of a shard, and how often they failed."""
+    """Images [start, stop) of a shard, how often they failed, and why they are given up, if they are."""
 
     shard: int
     start: int
     stop: int
     failures: int = 0
+    reason: str = ""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -96,17 +97,21 @@ def decode_range(
     belong to this range. What a network makes of an image can then not depend on which range it came in.
     """
     shard, start, stop = (int(row[name][0]) for name in ("shard", "start", "stop"))
+    given_up = str(row["reason"][0])
     uris = _uris(run, shard)
     for first in range(start - start % pixels.batch, stop, pixels.batch):
         here = range(max(start, first), min(stop, first + pixels.batch))
-        decoded, rejected = images.read_batch(
-            [uris[i] for i in here], size=pixels.size, crop=pixels.crop, read=read
-        )
         batch = np.zeros((1, pixels.batch, pixels.size, pixels.size, 3), np.uint8)
         slots = np.zeros((1, pixels.batch), bool)
         inside = slice(here[0] - first, here[-1] + 1 - first)
-        batch[0, inside], slots[0, inside] = decoded, True
-        reasons = {here[slot]: reason for slot, reason in rejected.items()}
+        slots[0, inside] = True
+        if given_up:
+            reasons = dict.fromkeys(here, given_up)
+        else:
+            batch[0, inside], rejected = images.read_batch(
+                [uris[i] for i in here], size=pixels.size, crop=pixels.crop, read=read
+            )
+            reasons = {here[slot]: reason for slot, reason in rejected.items()}
         yield {
             "shard": [shard],
             "start": [first],
@@ -127,15 +132,28 @@ class Encode:
             # More threads would change the last bits; more actors do the same work.
             if device == "cpu":
                 torch.set_num_threads(1)
-        self.device = device
-        self.encoder = spec.load(device)
+        self.device, self.refusal = device, ""
+        try:
+            self.encoder = spec.load(device)
+        except UserError as error:
+            # Raised here, Ray would start the actor again; so it answers every batch with the reason.
+            self.refusal = str(error)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         """Encode a row of one batch; pixels make room for embeddings float32 [1, batch, d]."""
-        embedding = self.encoder.encode(row["pixels"][0])
+        if self.refusal:
+            embedding = np.zeros((len(row["slots"][0]), 1), np.float32)
+        else:
+            embedding = self.encoder.encode(row["pixels"][0])
         memory = max(int(row["memory"][0]), peak_memory())
         kept = {name: row[name] for name in ("shard", "start", "slots", "rejected")}
-        return {**kept, "embedding": embedding[None], "memory": [memory], "device": [self.device]}
+        return {
+            **kept,
+            "embedding": embedding[None],
+            "memory": [memory],
+            "device": [self.device],
+            "refusal": [self.refusal],
+        }
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,6 @@ class EncoderSpec:
     name: str
     checkpoint: str | None
     image_size: int
-    dimension: int = 0
     pca: dict[str, np.ndarray] | None = None
 
     def load(self, device: str) -> encoders.Encoder:
@@ -158,14 +175,16 @@ class EncoderSpec:
 class _Open:
     """A shard being put together: x float32 [n, d] and which images are done."""
 
-    def __init__(self, rows: int, dimension: int) -> None:
-        self.x = np.empty((rows, dimension), np.float32)
+    def __init__(self, rows: int) -> None:
+        self.x = np.empty((rows, 0), np.float32)
         self.done = np.zeros(rows, bool)
         self.rejected: dict[int, str] = {}
         self.device = "cpu"
 
     def add(self, start: int, slots: np.ndarray, embedding: np.ndarray, rejected: dict[int, str]) -> None:
         """Take the slots of a batch that belong to its range."""
+        if not self.x.size:
+            self.x = np.empty((len(self.done), embedding.shape[1]), np.float32)
         slot = np.flatnonzero(slots)
         self.x[start + slot] = embedding[slot]
         self.done[start + slot] = True
@@ -182,7 +201,6 @@ class Wave:
         self,
         run: Run,
         ranges: list[Range],
-        convicted: dict[int, dict[int, str]],
         rows: dict[int, int],
         pixels: Pixels,
         spec: EncoderSpec,
@@ -191,26 +209,20 @@ class Wave:
         read: Read,
     ) -> Iterator[tuple[str, Any]]:
         """Yield ("batch", images), ("shard", (embeddings, rejected, memory)), and last ("left", ranges)."""
-        opened = {shard: _Open(n, spec.dimension) for shard, n in rows.items()}
-        for shard, reasons in convicted.items():
-            if shard in opened:
-                opened[shard].rejected |= reasons
-                opened[shard].done[list(reasons)] = True
+        opened = {shard: _Open(n) for shard, n in rows.items()}
         memory = 0
         for block in self._batches(run, ranges, pixels, spec, placement, read):
             for i, shard in enumerate(block["shard"].tolist()):
+                if block["refusal"][i]:
+                    raise UserError(str(block["refusal"][i]))
                 open_shard = opened[shard]
                 reasons = {int(slot): reason for slot, reason in json.loads(block["rejected"][i]).items()}
-                before = np.count_nonzero(open_shard.done)
                 open_shard.add(int(block["start"][i]), block["slots"][i], block["embedding"][i], reasons)
                 open_shard.device = str(block["device"][i])
                 memory = max(memory, int(block["memory"][i]), peak_memory())
-                yield "batch", int(np.count_nonzero(open_shard.done) - before)
+                yield "batch", int(np.count_nonzero(block["slots"][i]))
                 if open_shard.done.all():
                     yield "shard", (*_write(run, shard, opened.pop(shard), dtype), memory)
-        # A shard of which every image was convicted has no batch left that could complete it.
-        for shard in [shard for shard, open_shard in opened.items() if open_shard.done.all()]:
-            yield "shard", (*_write(run, shard, opened.pop(shard), dtype), memory)
         yield (
             "left",
             [r for r in ranges if r.shard in opened and not opened[r.shard].done[r.start : r.stop].all()],
@@ -226,7 +238,10 @@ class Wave:
         # A range whose task fails is dropped and comes back in `left`; nothing is lost silently.
         context.max_errored_blocks = -1
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        plan = [pa.table({"shard": [r.shard], "start": [r.start], "stop": [r.stop]}) for r in ranges]
+        plan = [
+            pa.table({"shard": [r.shard], "start": [r.start], "stop": [r.stop], "reason": [r.reason]})
+            for r in ranges
+        ]
         decoded = ray.data.from_arrow(plan).map_batches(
             functools.partial(decode_range, run=run, pixels=pixels, read=read),
             batch_size=1,
@@ -298,25 +313,19 @@ def place(resources: Resources) -> Placement:
 
 
 @ray.remote(num_cpus=1, max_retries=2)
-def prepare(
-    run: Run, spec: EncoderSpec, pixels: Pixels, rows: list[int], seed: int, read: Read
-) -> EncoderSpec:
-    """Load or fit the encoder once, before many actors do: its dimension, or a UserError that says why not.
+def fit_pca(run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read) -> dict[str, np.ndarray]:
+    """Fit the encoder `pca` to a sample by row position; rows are the images of each shard.
 
-    rows are the images of each shard. `pca` is fitted on a sample by row position and kept beside the
-    embeddings, so that a resumed run continues with the same components.
+    It is kept beside the embeddings, so that a resumed run continues with the same components.
     """
-    if spec.name != encoders.PCA:
-        return replace(spec, dimension=spec.load("cpu").dimension)
     if run.exists("embeddings", PCA_FILE):
         with np.load(io.BytesIO(run.read_bytes("embeddings", PCA_FILE)), allow_pickle=False) as stored:
-            pca = dict(stored)
-    else:
-        pca = encoders.fit_pca(_sample(run, pixels, rows, seed, read))
-        buffer = io.BytesIO()
-        np.savez(buffer, **pca)
-        run.write_bytes(buffer.getvalue(), "embeddings", PCA_FILE)
-    return replace(spec, dimension=pca["components"].shape[1], pca=pca)
+            return dict(stored)
+    pca = encoders.fit_pca(_sample(run, pixels, rows, seed, read))
+    buffer = io.BytesIO()
+    np.savez(buffer, **pca)
+    run.write_bytes(buffer.getvalue(), "embeddings", PCA_FILE)
+    return pca
 
 
 def _sample(run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read) -> np.ndarray:
@@ -405,7 +414,7 @@ def embed(
     with reporter.stage("embed", listed.rows, "images", listed.rows - sum(todo.values())) as bar:
         if todo:
             session.start()
-            spec = _prepared(run, config, pixels, rows, read)
+            spec = _spec(run, config, pixels, rows, read)
             for embedded, rejected, peak in _waves(run, config, todo, pixels, spec, read, bar):
                 finished[int(embedded.name[5:-8])] = (embedded, rejected)
                 memory = max(memory, peak)
@@ -414,15 +423,14 @@ def embed(
     return _finish(run, listed, finished, stopwatch, memory)
 
 
-def _prepared(run: Run, config: Config, pixels: Pixels, rows: list[int], read: Read) -> EncoderSpec:
-    checkpoint = config.embed.checkpoint and str(Path(config.embed.checkpoint).absolute())
-    spec = EncoderSpec(config.embed.encoder, checkpoint, pixels.size)
-    try:
-        return ray.get(prepare.remote(run, spec, pixels, rows, config.seed, read))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(cause_of(error), UserError):
-            raise cause_of(error) from None
-        raise
+def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], read: Read) -> EncoderSpec:
+    embed = config.embed
+    checkpoint = embed.checkpoint and str(Path(embed.checkpoint).absolute())
+    spec = EncoderSpec(embed.encoder, checkpoint, pixels.size)
+    if embed.encoder != encoders.PCA:
+        return spec
+    with unwrapped():
+        return replace(spec, pca=ray.get(fit_pca.remote(run, pixels, rows, config.seed, read)))
 
 
 def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
@@ -448,14 +456,12 @@ def _waves(
     """Run waves until every shard is written; yields each as it is."""
     step = BATCHES_PER_TASK * pixels.batch
     ranges = {shard: Range(shard, 0, n).cut(step) for shard, n in todo.items()}
-    convicted: dict[int, dict[int, str]] = {}
     fruitless = 0
     while ranges:
         some = list(ranges)[:SHARDS_PER_WAVE]
         wave = _WaveRun(
             run,
             [r for shard in some for r in ranges[shard]],
-            {shard: convicted[shard] for shard in some if shard in convicted},
             {shard: todo[shard] for shard in some},
             pixels,
             spec,
@@ -471,7 +477,7 @@ def _waves(
             else:
                 shard = int(value[0].name[5:-8])
                 del ranges[shard]
-                unfinished -= todo[shard] - len(convicted.get(shard, ()))
+                unfinished -= todo[shard]
                 yield value
         bar.advance(-unfinished)
         fruitless = 0 if wave.progressed else fruitless + 1
@@ -483,13 +489,13 @@ def _waves(
             ranges[failed.shard].remove(failed)
             if failures < ATTEMPTS:
                 ranges[failed.shard].append(replace(failed, failures=failures))
-            elif len(failed) > 1:
+                continue
+            fruitless = 0
+            if len(failed) > 1:
                 ranges[failed.shard] += failed.split(pixels.batch)
-                fruitless = 0
             else:
                 reason = f"reading or encoding it failed {ATTEMPTS} times or ended its process"
-                convicted.setdefault(failed.shard, {})[failed.start] = reason
-                fruitless = 0
+                ranges[failed.shard].append(replace(failed, failures=0, reason=reason))
         if fruitless >= FRUITLESS_WAVES:
             raise UserError(
                 f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
@@ -559,7 +565,8 @@ class _WaveRun:
                 if not ray.wait([events], timeout=stall_seconds)[0]:
                     self.ending = f"no image for {stall_seconds:g} seconds"
                     return
-                kind, value = ray.get(next(events))
+                with unwrapped():
+                    kind, value = ray.get(next(events))
                 if kind == "left":
                     self.left, self.ended_by_itself = value, True
                     self.ending = f"{len(value)} ranges of images failed"
@@ -569,7 +576,7 @@ class _WaveRun:
         except StopIteration:
             self.ending = "the end of its events"
         except ray.exceptions.RayError as error:
-            self.ending = str(cause_of(error)).strip().splitlines()[-1]
+            self.ending = str(error).strip().splitlines()[-1]
         finally:
             # Its encoders belong to it and end with it.
             ray.kill(wave)

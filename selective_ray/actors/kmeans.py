@@ -35,7 +35,11 @@ def cluster(
     assert embeddings is not None
     n, budget = embeddings.rows, config.selection.budget
     assert budget is not None
-    what = {"budget": budget, "cluster": config.cluster.model_dump(), "seed": config.seed}
+    what = {
+        "selection": {"budget": budget},
+        "cluster": config.cluster.model_dump(),
+        "seed": config.seed,
+    }
     if done := run.begin("clusters", what, run.fingerprints("embeddings"), earlier):
         return done
     if budget > n:

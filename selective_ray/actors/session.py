@@ -6,6 +6,8 @@ import logging
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -67,6 +69,12 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """Return what a task raised, out of the wrapper that carried it here."""
-    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise a UserError of a task or actor as itself."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from selective_ray import density, kmeans, selection
-from selective_ray.actors.session import Session, cause_of, cpus, peak_memory
+from selective_ray.actors.session import Session, cpus, peak_memory, unwrapped
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.schema import CLUSTERS, DENSITY, Partial, Picks, sq_dist_column
@@ -231,16 +231,14 @@ class Pool:
         while pending:
             (ready,), pending = ray.wait(pending, num_returns=1)
             try:
-                yield ray.get(ready)
+                with unwrapped():
+                    answer = ray.get(ready)
             except ray.exceptions.RayActorError as error:
                 raise UserError(
                     f"a worker ended {RESTARTS} times, most likely for lack of memory; give it more, or "
                     f"fewer --set resources.workers ({str(error).splitlines()[0]})"
                 ) from None
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(cause_of(error), UserError):
-                    raise cause_of(error) from None
-                raise
+            yield answer
 
     def stop(self) -> None:
         """End the actors and free what they hold."""

@@ -1,0 +1,42 @@
+"""A private Ray of two CPUs for the tests that ask for one, and small worlds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def two_cpus():
+    """A local Ray of two CPUs; every test that uses it works in its own run folder."""
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def blobs():
+    """300 unit vectors of 8 dimensions around 12 centers, float32."""
+    rng = np.random.default_rng(5)
+    centers = rng.normal(size=(12, 8))
+    return unit(centers[rng.integers(0, 12, 300)] + 0.25 * rng.normal(size=(300, 8)))
