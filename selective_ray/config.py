@@ -247,6 +247,12 @@ def _known_keys() -> list[str]:
     return keys
 
 
+def _default(key: str) -> Any:
+    section, _, name = key.partition(".")
+    default = getattr(Config(), section, "")
+    return getattr(default, name, "") if name else default
+
+
 def _nearest(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -282,7 +288,9 @@ def _parse(assignment: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         # A bare word is a string: --set embed.encoder=resnet18
-        return key, {"none": None, "None": None}.get(text, text)
+        pass
+    # `none` takes a key back to "not given" where that is its default; selection.scale has a "none" of its own.
+    return key, None if text.lower() == "none" and _default(key) is None else text
 
 
 def _validate(flat: dict[str, Any]) -> Config:

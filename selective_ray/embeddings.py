@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ def unit_rows(x: np.ndarray, first_row: int = 0) -> tuple[np.ndarray, np.ndarray
         wide = x.astype(np.float64)
         # Scaled by the largest coordinate first, so that squares neither overflow nor vanish.
         largest = np.abs(wide).max(axis=1, initial=0.0)
-        lengths = largest * np.sqrt(((wide / largest[:, None]) ** 2).sum(axis=1))
-        unit = (wide / lengths[:, None]).astype(np.float32)
-    keep = np.abs(lengths - 1) <= UNIT_TOLERANCE
+        scaled = wide / largest[:, None]
+        lengths = np.sqrt((scaled**2).sum(axis=1))
+        unit = (scaled / lengths[:, None]).astype(np.float32)
+        keep = np.abs(largest * lengths - 1) <= UNIT_TOLERANCE
     unit[keep] = x[keep]
     return (
         unit,
@@ -73,14 +75,29 @@ def read(path: str) -> tuple[int, int, Iterator[tuple[np.ndarray, list[str]]]]:
         raise UserError(
             f"{path} does not exist; --embeddings takes a .npy file, a Parquet file or a run folder"
         )
+    if not path.endswith((".npy", ".parquet")):
+        raise UserError(
+            f"{path} is neither .npy nor .parquet; --embeddings takes one of these or a run folder"
+        )
+    with _reading(path):
+        n, d, blocks = _read_npy(path) if path.endswith(".npy") else _read_parquet(path)
+    return n, d, _guarded(path, blocks)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        if path.endswith(".npy"):
-            return _read_npy(path)
-        if path.endswith(".parquet"):
-            return _read_parquet(path)
+        yield
     except (OSError, ValueError, EOFError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    raise UserError(f"{path} is neither .npy nor .parquet; --embeddings takes one of these or a run folder")
+
+
+def _guarded(
+    path: str, blocks: Iterator[tuple[np.ndarray, list[str]]]
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Pass blocks on; damage inside a file shows only when its pages are decoded."""
+    with _reading(path):
+        yield from blocks
 
 
 def _read_npy(path: str) -> tuple[int, int, Iterator[tuple[np.ndarray, list[str]]]]:
@@ -110,7 +127,9 @@ def _read_parquet(path: str) -> tuple[int, int, Iterator[tuple[np.ndarray, list[
         and not (pa.types.is_fixed_size_list(first.type))
     ):
         raise UserError(f"the column `embedding` of {path} holds {first.type}, not lists of numbers")
-    d = len(first[0]) if first[0].is_valid else 0
+    if not first[0].is_valid:
+        raise UserError(f"row 0 of {path} has no embedding (null); remove or mend it and try again")
+    d = len(first[0])
     check_shape((n, d), np.dtype(first.type.value_type.to_pandas_dtype()), path)
 
     def rows() -> Iterator[tuple[np.ndarray, list[str]]]:
@@ -126,11 +145,15 @@ def _read_parquet(path: str) -> tuple[int, int, Iterator[tuple[np.ndarray, list[
                     f"{path} has rows of different lengths: row 0 has {d} numbers, "
                     f"row {start + odd[0]} does not"
                 )
+            # Nulls among the values become NaN here, and are refused as that.
             values = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, d)
+            uris = [f"{os.path.abspath(path)}#{row}" for row in range(start, start + len(batch))]  # noqa: PTH100
             if "uri" in names:
-                yield values, [str(uri) for uri in batch["uri"].to_pylist()]
-            else:
-                yield values, [f"{os.path.abspath(path)}#{row}" for row in range(start, start + len(batch))]  # noqa: PTH100
+                uris = [
+                    own if uri is None else str(uri)
+                    for uri, own in zip(batch["uri"].to_pylist(), uris, strict=True)
+                ]
+            yield values, uris
             start += len(batch)
 
     return n, d, rows()

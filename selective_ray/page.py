@@ -1,0 +1,707 @@
+"""The page of `report`: one self-contained HTML file with inline SVG, that fetches and runs nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from selective_ray.store import Manifest
+
+# Of the images, so many lie within the distances that the page states.
+COVERAGE_SHARES = (0.5, 0.9, 0.99)
+NAME, URI, VALUE = 64, 1_000, 200
+ROWS_SHOWN = 150
+# Pictures beyond these are folded away: a phone shows two in a row.
+UNFOLDED = 60
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The selection with the size of each pick's cluster and its density; all of length m."""
+
+    image_ids: np.ndarray
+    uris: list[str]
+    cluster_ids: np.ndarray
+    cluster_sizes: np.ndarray
+    densities: np.ndarray
+    repulsions: np.ndarray
+    utilities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A small JPEG, or the reason why there is none."""
+
+    jpeg: bytes | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares of all images and of the picks in bins [b] between edges [b + 1]."""
+
+    edges: np.ndarray
+    everything: np.ndarray
+    picks: np.ndarray
+    median_everything: float
+    median_picks: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How near a sample of the images is to a pick, and to the nearest of as many random rows.
+
+    Shares within radii [r]: of the picks [r], of each random draw [draws, r]. Distances that hold
+    COVERAGE_SHARES of the images: to the picks [3], to each draw [draws, 3].
+    """
+
+    radii: np.ndarray
+    near_pick: np.ndarray
+    near_drawn: np.ndarray
+    pick_distances: np.ndarray
+    drawn_distances: np.ndarray
+    rows: int
+    picks: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Positions on the two main axes: a sample of rows [s, 2] and of picks [p, 2], which are `which` [p]."""
+
+    rows: np.ndarray
+    picks: np.ndarray
+    which: np.ndarray
+    variance: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Images left out: how many, counts by reason, the first rows (image_id, uri, reason)."""
+
+    rows: int
+    reasons: list[tuple[str, int]]
+    first: list[tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the page says but for the pictures."""
+
+    stages: dict[str, Manifest]
+    picks: Picks
+    density: Histogram
+    cluster_sizes: Histogram
+    smallest_cluster: int
+    largest_cluster: int
+    coverage: Coverage
+    scatter: Scatter
+    rejected: Rejected
+
+    @property
+    def images(self) -> int:
+        """Images that were selected from."""
+        return self.stages["density"].rows
+
+    def setting(self, section: str, key: str, default: Any = None) -> Any:
+        """Return a value of the configuration, wherever a stage recorded it."""
+        for manifest in self.stages.values():
+            values = manifest.what.get(section)
+            if isinstance(values, dict) and key in values:
+                return values[key]
+        return default
+
+
+def render(facts: Facts, pictures: dict[int, Picture], *, map_rows: int) -> str:
+    """Draw the page; pictures maps positions in the picks to what is shown of them, in this order."""
+    m = len(facts.picks.image_ids)
+    sections = [
+        ("summary", "What was done", _summary(facts)),
+        ("picks", f"The {'pick' if m == 1 else 'picks'}", _grid(facts, pictures)),
+        ("coverage", "How near the images are to a pick", _coverage(facts)),
+        ("map", "Map", _map(facts, pictures, map_rows)),
+        ("density", "Density", _density(facts)),
+        ("clusters", "Cluster sizes", _cluster_sizes(facts)),
+        ("rejected", "Rejected files", _rejected(facts.rejected)),
+        ("stages", "Time and memory", _stages(facts)),
+        ("configuration", "Configuration", _configuration(facts)),
+    ]
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections[1:])
+    drawn = [
+        f'<section id="{key}"><h2>{escape(title)}</h2>\n{content}\n</section>'
+        for key, title, content in sections
+    ]
+    body = "\n".join([*drawn[:4], f'<div class="pair">{drawn[4]}\n{drawn[5]}</div>', *drawn[6:]])
+    title = f"{_amount(m, 'image')} selected of {facts.images:,}"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title} · selective_ray</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><h1>{title}</h1><nav>{links}</nav></header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+# Words
+
+
+def _summary(facts: Facts) -> str:
+    m, n = len(facts.picks.image_ids), facts.images
+    left_out = facts.rejected.rows
+    unread = f" ({_amount(left_out, 'further file')} could not be used)" if left_out else ""
+    chosen = (
+        f"Out of {_amount(n, 'image')}{unread}, {m:,} {'was' if m == 1 else 'were'} chosen to be labeled "
+        f"by people: {_percent(m / n)} of them."
+    )
+    apart = facts.setting("selection", "weight", 1) and facts.setting("selection", "rounds", 2) > 1
+    how = (
+        f"The images were sorted by what they show into {_amount(m, 'group')}, and each group gave the image "
+        "that the most others look like"
+        f"{', passing over those close to what other groups gave' if apart else ''}."
+    )
+    return f'<p class="lead">{chosen} {how} {_headline(facts.coverage)}</p>'
+
+
+def _headline(coverage: Coverage) -> str:
+    ours, drawn = coverage.pick_distances[0], coverage.drawn_distances[:, 0]
+    verdict = {
+        -1: "so the chosen images stand for the rest better than chance would.",
+        0: "so by this measure chance would have done as well.",
+        1: "so by this measure chance would have done better.",
+    }[verdict_of(ours, drawn)]
+    return (
+        f"Half of the images lie within {_distance(ours)} of a selected image; with randomly drawn images it "
+        f"is {_distance(drawn.mean())}, {verdict}"
+    )
+
+
+def verdict_of(ours: float, drawn: np.ndarray) -> int:
+    """-1 where the picks are nearer than every random draw, 1 where they are farther than every one."""
+    if ours < drawn.min() - 1e-9:
+        return -1
+    return int(ours > drawn.max() + 1e-9)
+
+
+def _coverage(facts: Facts) -> str:
+    c = facts.coverage
+    m = len(facts.picks.image_ids)
+    means, lows, highs = (f(c.drawn_distances, axis=0) for f in (np.mean, np.min, np.max))
+    rows = [
+        (
+            f"{share:.0%} of the images",
+            _exact(ours, _distance),
+            f"{_exact(mean, _distance)} <small>({_distance(low)} to {_distance(high)})</small>",
+        )
+        for share, ours, mean, low, high in zip(
+            COVERAGE_SHARES, c.pick_distances, means, lows, highs, strict=True
+        )
+    ]
+    picks = "all picks" if c.picks == m else f"{c.picks:,} of the {m:,} picks"
+    shards = len(facts.stages["embeddings"].shards)
+    source = "" if c.shards == shards else f" from {c.shards} of {shards:,} shards, spread evenly"
+    everything = "All" if c.rows == facts.images else "A seeded sample of"
+    return f"""<p>The line shows the share of the images that have a selected image within a given distance;
+the band shows the same for {len(c.drawn_distances)} seeded random draws of as many images. Distances are
+between unit vectors: 0 is the same, 1.41 is unrelated, 2 is the opposite.</p>
+<div class="split">{_curves(c)}
+{_table(("", "to a pick", "to a random image"), rows)}</div>
+<p class="note">{everything} {c.rows:,} images{source}, against {picks} and {len(c.drawn_distances)} draws of
+{c.picks:,} images.</p>"""
+
+
+def _map(facts: Facts, pictures: dict[int, Picture], map_rows: int) -> str:
+    s = facts.scatter
+    m = len(facts.picks.image_ids)
+    rows = min(map_rows, len(s.rows))
+    images = f"All {rows:,}" if rows == facts.images else f"A seeded sample of {rows:,}"
+    shown = "every pick" if len(s.picks) == m else f"{len(s.picks):,} of the {m:,} picks"
+    return f"""<p>{images} images as small dots and {shown} as large ones, on the two axes along
+which the images differ most. The axes carry {_percent(s.variance[0])} and {_percent(s.variance[1])} of all
+differences, so what is close here need not be alike. Point at a pick for its name, click it for its
+picture.</p>
+{_dots(s, facts.picks, pictures, rows)}"""
+
+
+def _density(facts: Facts) -> str:
+    k = facts.setting("density", "k")
+    neighbors = f"its {k:,} nearest neighbors" if isinstance(k, int) else "its nearest neighbors"
+    measured = {
+        "mean": f"the mean squared distance to {neighbors}",
+        "kth": f"the squared distance to the last of {neighbors}",
+    }[facts.setting("density", "estimator", "mean")]
+    itself = ", the image itself counted as the first" if facts.setting("density", "include_self") else ""
+    h = facts.density
+    return f"""<p>The density of an image is 1 / {measured}{itself}: high where many images look alike.
+Its median is {_exact(h.median_everything)} over all images and {_exact(h.median_picks)} over the picks.</p>
+{_histogram(h, "density (logarithmic)", log=True)}"""
+
+
+def _cluster_sizes(facts: Facts) -> str:
+    h = facts.cluster_sizes
+    m = len(facts.picks.image_ids)
+    log = bool(h.edges[-1] > 30 * h.edges[0])
+    label = "images in the cluster" + (" (logarithmic)" if log else "")
+    if m == 1:
+        return f"<p>One cluster holds all {_amount(facts.images, 'image')}.</p>"
+    return f"""<p>The {m:,} clusters hold {facts.smallest_cluster:,} to {facts.largest_cluster:,} images;
+half hold {_number(h.median_picks)} or more. Half of all images are in clusters of
+{_number(h.median_everything)} or more. Every cluster gives one pick, so images of small clusters are picked
+more often than those of large ones.</p>
+{_histogram(h, label, log=log)}"""
+
+
+def _rejected(rejected: Rejected) -> str:
+    if not rejected.rows:
+        return "<p>None: every file could be read.</p>"
+    shown = rejected.reasons[:20]
+    rest = rejected.rows - sum(count for _, count in shown)
+    counts = [*shown, *([("other reasons", rest)] if rest else [])]
+    reasons = [(_text(reason, VALUE), f"{count:,}") for reason, count in counts]
+    rows = [
+        (f"{image_id}", f"<bdi title={_attribute(uri, URI)}>{_text(uri, 120)}</bdi>", _text(reason, VALUE))
+        for image_id, uri, reason in rejected.first
+    ]
+    which = "All of them" if len(rejected.first) == rejected.rows else f"The first {len(rejected.first)}"
+    return f"""<p>{_amount(rejected.rows, "file")} could not be used and took no part in the selection.</p>
+{_table(("Reason", "Files"), reasons)}
+<details{" open" if len(rejected.first) <= 10 else ""}><summary>{which}</summary>
+{_table(("Image", "File", "Reason"), rows, "names")}</details>"""
+
+
+def _stages(facts: Facts) -> str:
+    rows = []
+    for name, manifest in facts.stages.items():
+        memory = "<br>".join(
+            f"{_text(who, 30)} {_bytes(amount)}"
+            for who, amount in list(manifest.peak_memory_bytes.items())[:5]
+        )
+        devices = sorted({shard.device for shard in manifest.shards})
+        reused = f"<br><small>of {_text(manifest.refers_to, 60)}</small>" if manifest.refers_to else ""
+        rows.append(
+            (
+                f"{escape(name)}{reused}",
+                f"{manifest.rows:,}",
+                f"{len(manifest.shards):,}",
+                _seconds(manifest.seconds),
+                memory,
+                _text(", ".join(devices), 60),
+                f"<code>{escape(manifest.fingerprint)}</code>",
+            )
+        )
+    # `embeddings` and `rejected` are made by one stage, whose time counts once.
+    own = [
+        manifest.seconds
+        for name, manifest in facts.stages.items()
+        if not manifest.refers_to and name != "rejected"
+    ]
+    code = facts.stages["selection"].code
+    commit = f", commit {escape(str(code.get('commit'))[:12])}" if code.get("commit") else ""
+    heads = ("Table", "Rows", "Shards", "Time", "Peak memory", "Device", "Fingerprint")
+    return (
+        f"<p>{_seconds(sum(own))} in all, by selective_ray {escape(str(code.get('version')))}{commit}.</p>"
+        + _table(heads, rows)
+    )
+
+
+def _configuration(facts: Facts) -> str:
+    settings: dict[tuple[str, str], list[str]] = {}
+    notes: dict[tuple[str, str], list[str]] = {}
+    for name, manifest in facts.stages.items():
+        for key, value in _flat(manifest.what):
+            settings.setdefault((key, value), []).append(name)
+        for key, value in _flat(manifest.summary):
+            notes.setdefault((key, value), []).append(name)
+    return (
+        "<p>Everything that the answer depends on, defaults included.</p>"
+        + _pairs(settings, "Key")
+        + (f"<h3>What the stages noted</h3>{_pairs(notes, 'Note')}" if notes else "")
+    )
+
+
+def _pairs(pairs: dict[tuple[str, str], list[str]], title: str) -> str:
+    rows = [
+        (_text(key, 60), _text(value, VALUE), escape(", ".join(names)))
+        for (key, value), names in pairs.items()
+    ]
+    more = len(pairs) - ROWS_SHOWN
+    rest = f'<p class="note">And {more:,} more, in the manifests.</p>' if more > 0 else ""
+    return _table((title, "Value", "Tables"), rows[:ROWS_SHOWN], "names") + rest
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "numbers") -> str:
+    """Lay out cells of HTML; the first of each row names it. Wider than the screen, it scrolls by itself."""
+    head = "".join(f"<th scope=col>{title}</th>" for title in heads)
+    body = "\n".join(
+        f"<tr><th scope=row>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict) and (value or not prefix):
+        nested = (_flat(inner, f"{prefix}.{key}".lstrip(".")) for key, inner in value.items())
+        return [pair for pairs in nested for pair in pairs]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value, default=str))]
+
+
+# The picks
+
+
+def _grid(facts: Facts, pictures: dict[int, Picture]) -> str:
+    m = len(facts.picks.image_ids)
+    words = (
+        "Largest cluster first; every image stands for its cluster."
+        if len(pictures) == m
+        else f"{len(pictures):,} of the {m:,} picks, largest cluster first: those of the largest and the "
+        "smallest clusters, and a seeded sample of the others. All are in the table of the selection."
+    )
+    figures = [_figure(facts.picks, pick, picture) for pick, picture in pictures.items()]
+    few = " few" if len(figures) <= 12 else ""
+    units = ", both in units of what is usual here" if facts.setting("selection", "scale") == "median" else ""
+    rest = figures[UNFOLDED:]
+    folded = f"""<details><summary>Show the other {len(rest):,}, down to the smallest cluster</summary>
+<div class="grid">
+{"".join(rest)}
+</div></details>"""
+    return f"""<p>{words} Density says how many images look alike here, repulsion how close the picks of
+other clusters are, and utility is what was maximized: density less weighted repulsion{units}.</p>
+<div class="grid{few}">
+{"".join(figures[:UNFOLDED])}
+</div>
+{folded if rest else ""}"""
+
+
+def _figure(picks: Picks, pick: int, picture: Picture) -> str:
+    uri = picks.uris[pick]
+    name = _text(_basename(uri), NAME)
+    values = "".join(
+        f"<dt>{key}</dt><dd>{value}</dd>"
+        for key, value in (
+            ("cluster", f"{picks.cluster_ids[pick]}"),
+            ("size", f"{picks.cluster_sizes[pick]:,}"),
+            ("density", _exact(picks.densities[pick])),
+            ("repulsion", _exact(picks.repulsions[pick])),
+            ("utility", _exact(picks.utilities[pick])),
+        )
+    )
+    return (
+        f'<figure id="image-{picks.image_ids[pick]}">{_shown(picture, name)}<figcaption>'
+        f"<span class=name title={_attribute(uri, URI)}><bdi>{name}</bdi></span>"
+        f"<dl>{values}</dl></figcaption></figure>\n"
+    )
+
+
+def _shown(picture: Picture, name: str) -> str:
+    if picture.jpeg is None:
+        label = f'role=img aria-label="no picture of {name}"'
+        return f'<div class="frame missing" {label}>{_text(picture.reason, 60)}</div>'
+    width, height = Image.open(io.BytesIO(picture.jpeg)).size
+    small = " class=pixels" if max(width, height) < 48 else ""
+    data = base64.b64encode(picture.jpeg).decode()
+    return (
+        f'<div class=frame><img{small} src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{name}"></div>'
+    )
+
+
+# Charts: drawn 440 units wide, so that on a phone a unit is nearly a pixel and text stays readable
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 46, 12, 30, 42
+
+
+def _dots(s: Scatter, picks: Picks, pictures: dict[int, Picture], rows: int) -> str:
+    everything = np.concatenate([s.rows[:rows], s.picks])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    extent = np.maximum(high - low, 1e-9)
+    inner = WIDTH - 20
+    scale = inner / max(extent[0], extent[1] / 1.1)
+    height = float(np.clip(extent[1] * scale, 120, inner * 1.1)) + 20
+
+    def place(points: np.ndarray) -> np.ndarray:
+        middle = (low + high) / 2
+        return np.round((points - middle) * scale * [1, -1] + [WIDTH / 2, height / 2], 1)
+
+    # One path of dots: a third of the bytes of circles, and one element to draw.
+    dots = "".join(f"M{x:g} {y:g}h0" for x, y in place(s.rows[:rows]))
+    radius = 4 if len(s.picks) <= 200 else 3 if len(s.picks) <= 800 else 2
+    marks = []
+    for (x, y), pick in zip(place(s.picks), s.which.tolist(), strict=True):
+        label = f"{_text(_basename(picks.uris[pick]), NAME)}, cluster {picks.cluster_ids[pick]}"
+        mark = f'<circle cx="{x:g}" cy="{y:g}" r="{radius}"><title>{label}</title></circle>'
+        linked = pick in pictures
+        marks.append(f'<a href="#image-{picks.image_ids[pick]}">{mark}</a>' if linked else mark)
+    return f"""<figure class="chart map">
+<svg viewBox="0 0 {WIDTH} {height:.0f}" aria-label="Map of the images and the picks">
+<path class="dots" d="{dots}"/>
+<g class="marks">{"".join(marks)}</g></svg>
+<figcaption>{_legend("images", "picks")}</figcaption></figure>"""
+
+
+def _histogram(h: Histogram, label: str, *, log: bool) -> str:
+    height = 250
+    base = height - BOTTOM
+    x = _axis(h.edges[0], h.edges[-1], log)
+    top = max(h.everything.max(), h.picks.max())
+    ticks = [tick for tick in _ticks(0, top * 100, 4) if tick <= top * 100 * 1.001]
+
+    def y(share: float) -> float:
+        return base - (base - TOP) * share / top
+
+    bars = "".join(
+        f'<rect x="{x(low) + 0.5:.1f}" y="{y(share):.1f}" width="{max(x(high) - x(low) - 1, 0.5):.1f}" '
+        f'height="{base - y(share):.1f}"><title>{_number(low)} to {_number(high)}: {_percent(share)} of '
+        f"the images, {_percent(picked)} of the picks</title></rect>"
+        for low, high, share, picked in zip(h.edges, h.edges[1:], h.everything, h.picks, strict=False)
+    )
+    steps = "".join(
+        f"V{y(share):.1f}H{x(edge):.1f}" for edge, share in zip(h.edges[1:], h.picks, strict=True)
+    )
+    return _chart(
+        height,
+        x,
+        _log_ticks(h.edges[0], h.edges[-1]) if log else _ticks(h.edges[0], h.edges[-1], 6),
+        label,
+        [(y(tick / 100), f"{tick:g}%") for tick in ticks],
+        f'<g class="bars">{bars}</g><path class="line" d="M{x(h.edges[0]):.1f} {base}{steps}V{base}"/>',
+        _legend("share of all images", "share of the picks", line=True),
+    )
+
+
+def _curves(c: Coverage) -> str:
+    height = 280
+    base = height - BOTTOM
+    x = _axis(0, float(c.radii[-1]), False)
+
+    def points(shares: np.ndarray) -> list[str]:
+        return [f"{x(r):.1f} {base - (base - TOP) * s:.1f}" for r, s in zip(c.radii, shares, strict=True)]
+
+    low, high, mean = (f(c.near_drawn, axis=0) for f in (np.min, np.max, np.mean))
+    drawing = (
+        f'<path class="band" d="M{"L".join(points(low) + points(high)[::-1])}Z"/>'
+        f'<path class="random" d="M{"L".join(points(mean))}"/>'
+        f'<path class="line" d="M{"L".join(points(c.near_pick))}"/>'
+    )
+    return _chart(
+        height,
+        x,
+        _ticks(0, float(c.radii[-1]), 6),
+        "distance to the nearest (0 to 2)",
+        [(base - (base - TOP) * share / 100, f"{share}%") for share in (0, 25, 50, 75, 100)],
+        drawing,
+        '<span class="key random"></span>random draws: mean, lowest and highest '
+        '<span class="key line"></span>picks',
+    )
+
+
+def _chart(
+    height: int,
+    x: Callable[[float], float],
+    x_ticks: list[float],
+    label: str,
+    y_ticks: list[tuple[float, str]],
+    drawing: str,
+    legend: str,
+) -> str:
+    base = height - BOTTOM
+    grid = "".join(
+        f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/><text x="{LEFT - 6}" y="{y + 4:.1f}" '
+        f'class="end">{text}</text>'
+        for y, text in y_ticks
+    ) + "".join(
+        f'<path class="tick" d="M{x(tick):.1f} {base}v4"/><text x="{x(tick):.1f}" y="{base + 17}" '
+        f'class="mid">{_number(tick)}</text>'
+        for tick in x_ticks
+    )
+    return f"""<figure class="chart"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">
+{grid}{drawing}<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}" class="mid">{label}</text></svg>
+<figcaption>{legend}</figcaption></figure>"""
+
+
+def _legend(everything: str, picks: str, *, line: bool = False) -> str:
+    return (
+        f'<span class="key {"bar" if line else "dot"}"></span>{everything} '
+        f'<span class="key {"line" if line else "mark"}"></span>{picks}'
+    )
+
+
+def _axis(low: float, high: float, log: bool) -> Callable[[float], float]:
+    turn = math.log if log else float
+    start, width = turn(low), (turn(high) - turn(low)) or 1.0
+    return lambda value: LEFT + (WIDTH - LEFT - RIGHT) * (turn(value) - start) / width
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers from low to high, about `count` of them."""
+    raw = max(high - low, 1e-12) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 7:
+            break
+    ticks = ticks[:: -(-len(ticks) // 7) or 1]
+    return ticks if len(ticks) >= 3 else _ticks(low, high, 5)
+
+
+# Numbers and names
+
+
+def _number(value: float) -> str:
+    """Three significant digits, thousands in groups."""
+    value = float(value)
+    if not math.isfinite(value) or 1e-3 <= abs(value) < 1000 or value == 0:
+        return f"{value:.3g}" if abs(value) < 999.5 or not math.isfinite(value) else "1,000"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.2e}"
+
+
+def _distance(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _exact(value: float, shown: Callable[[float], str] = _number) -> str:
+    return f'<data value="{float(value)!r}">{shown(value)}</data>'
+
+
+def _percent(share: float) -> str:
+    percent = 100 * float(share)
+    return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.2g}%"
+
+
+def _amount(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s" if seconds < 99.95 else f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def _bytes(amount: float) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"
+
+
+def _basename(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _text(text: str, limit: int) -> str:
+    """Escape a name: control characters spelled out, its middle left out where it is too long."""
+    visible = "".join(
+        repr(c)[1:-1] if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text[: 2 * limit + 2]
+    )
+    if len(text) > limit:
+        head = limit // 2
+        tail = "".join(
+            repr(c)[1:-1] if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text[head + 1 - limit :]
+        )
+        visible = f"{visible[:head]}…{tail}"
+    return escape(visible, quote=True)
+
+
+def _attribute(text: str, limit: int) -> str:
+    return f'"{_text(text, limit)}"'
+
+
+STYLE = """
+:root{--ink:#1c2430;--soft:#566173;--paper:#fff;--panel:#f5f7fa;--rule:#dde3ea;--all:#8fb3d9;--pick:#c2410c;
+--random:#55606f;--band:#55606f40;--link:#0b5cad;--ring:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#e6eaf0;--soft:#a3aebd;--paper:#12161c;--panel:#1b212a;--rule:#323b47;
+--all:#4a7db3;--pick:#ffab40;--random:#b4bfcc;--band:#b4bfcc40;--link:#7ab8f5;--ring:#12161c}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;scroll-padding-top:1rem}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",
+Roboto,"Noto Sans",sans-serif}
+header,main{max-width:1180px;margin:0 auto;padding:0 1rem}
+header{padding-top:2rem}
+h1{font-size:clamp(1.5rem,5vw,2.2rem);line-height:1.2;margin:0 0 .6rem;letter-spacing:-.01em}
+h2{font-size:1.3rem;margin:0 0 .5rem}
+h3{font-size:1rem;margin:1.5rem 0 .4rem}
+nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem;font-size:.9rem}
+a{color:var(--link)}
+section{margin:2.4rem 0}
+p{max-width:72ch;margin:.4rem 0 .9rem}
+.lead{font-size:1.12rem}
+.note,small,figcaption{color:var(--soft)}
+.note,figcaption{font-size:.85rem}
+figure{margin:0}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:.75rem}
+.grid.few{grid-template-columns:repeat(auto-fill,minmax(132px,200px))}
+.grid figure{background:var(--panel);border:1px solid var(--rule);border-radius:8px;overflow:hidden;
+min-width:0}
+.grid figure:target{outline:3px solid var(--pick)}
+.frame{aspect-ratio:1;display:flex;align-items:center;justify-content:center;background:var(--rule)}
+.frame img{width:100%;height:100%;object-fit:contain;display:block}
+.pixels{image-rendering:pixelated}
+.missing{color:var(--soft);font-size:.85rem;text-align:center;padding:.5rem;overflow-wrap:anywhere;
+border-bottom:1px dashed var(--soft)}
+.grid figcaption{padding:.45rem .6rem .55rem;font-size:.78rem;line-height:1.4}
+.name{display:block;color:var(--ink);font-weight:600;overflow-wrap:anywhere;margin-bottom:.2rem}
+dl{display:grid;grid-template-columns:auto 1fr;gap:0 .5rem;margin:0}
+dd{margin:0;text-align:right;color:var(--ink);font-variant-numeric:tabular-nums}
+.chart{max-width:640px}
+.chart svg{display:block;width:100%;height:auto;overflow:visible}
+.map svg{background:var(--panel);border:1px solid var(--rule);border-radius:8px}
+svg text{fill:var(--soft);font-size:12px}
+.end{text-anchor:end}.mid{text-anchor:middle}
+.rule,.tick{stroke:var(--rule);fill:none}
+.bars rect{fill:var(--all)}
+.line{fill:none;stroke:var(--pick);stroke-width:2;stroke-linejoin:round}
+.random{fill:none;stroke:var(--random);stroke-width:1.5;stroke-dasharray:5 3}
+.band{fill:var(--band)}
+.dots{stroke:var(--all);stroke-width:2.6;stroke-linecap:round;fill:none;opacity:.75}
+.marks circle{fill:var(--pick);stroke:var(--ring);stroke-width:1.2}
+.key{display:inline-block;width:1.3em;height:.8em;margin:0 .4em 0 .9em;vertical-align:-.02em}
+.key:first-child{margin-left:0}
+.key.bar{background:var(--all)}
+.key.line{height:0;border-top:3px solid var(--pick);vertical-align:.25em}
+.key.random{height:0;border-top:2px dashed var(--random);vertical-align:.25em}
+.key.dot,.key.mark{width:.7em;height:.7em;border-radius:50%;background:var(--all)}
+.key.mark{background:var(--pick)}
+.split,.pair{display:grid;gap:0 1.5rem;align-items:start}
+.split>*,.pair>*{min-width:0}
+.pair section{margin-bottom:0}
+@media(min-width:900px){.split{grid-template-columns:minmax(0,640px) minmax(0,1fr)}
+.pair{grid-template-columns:1fr 1fr}}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.88rem;margin:.3rem 0}
+th,td{padding:.35rem .9rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+thead th{color:var(--soft);font-weight:500}
+tbody th{font-weight:500}
+td{overflow-wrap:anywhere}
+.numbers td{font-variant-numeric:tabular-nums;white-space:nowrap}
+.names td,.names th{min-width:5rem}
+code{font:.85em ui-monospace,Menlo,Consolas,monospace}
+summary{cursor:pointer;color:var(--link);margin:.6rem 0}
+"""

@@ -1,0 +1,203 @@
+"""The regularized selection: against the oracle, its laws, and close calls that products cannot decide."""
+
+import numpy as np
+import oracle
+import pytest
+from conftest import unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selective_ray import density, distances, kmeans, selection
+from selective_ray.schema import Picks
+from selective_ray.selection import Candidates, PickedVectors, Repulsion
+
+# The variants of the published code, as the oracle takes them.
+VARIANTS = {
+    "noreg": {"rounds": 1, "weight": 0.0, "momentum": 0.0, "alpha": 1.0},
+    "cifar10": {"rounds": 10, "weight": 0.5, "momentum": 0.9, "alpha": 0.5, "horizon_sq_dist": 4.0},
+    "cifar100": {"rounds": 10, "weight": 1.0, "momentum": 0.9, "alpha": 1.0, "horizon_sq_dist": 1.0},
+    "moco": {
+        "rounds": 2,
+        "weight": 1.5,
+        "momentum": 0.0,
+        "alpha": 0.5,
+        "horizon_picks": 4,
+        "exclude_own_cluster": False,
+    },
+    "clip": {"rounds": 2, "weight": 0.05, "momentum": 0.0, "alpha": 1.0, "horizon_picks": 4},
+}
+
+
+def run(x, labels, utility, parts=1, *, rounds, weight, momentum, **repulsion):
+    """Select among rows that are spread over `parts` processes."""
+    held = [
+        Candidates(
+            x[rows],
+            rows,
+            labels[rows].astype(np.int32),
+            utility[rows],
+            momentum=momentum,
+            parameters=Repulsion(**repulsion),
+        )
+        for rows in np.array_split(np.arange(len(x)), parts)
+        if len(rows)
+    ]
+
+    def nominate(weight):
+        picks = Picks.none()
+        for candidates in held:
+            picks = picks.merge(candidates.nominate(weight))
+        return picks
+
+    def repel(picked):
+        for candidates in held:
+            candidates.repel(picked)
+
+    return selection.rounds(
+        nominate,
+        lambda picks: PickedVectors(picks.cluster_ids, x[picks.image_ids]),
+        repel,
+        n_rounds=rounds,
+        weight=weight,
+    )
+
+
+def world(seed, n=150, m=9, d=6):
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(m, d))
+    x = unit(centers[rng.integers(0, m, n)] + 0.4 * rng.normal(size=(n, d)))
+    clustering = kmeans.lloyd(
+        kmeans.Rows(x, np.arange(n), n).step,
+        x[kmeans.initial_rows(n, m, seed)],
+        n=n,
+        iterations=10,
+        tolerance=0.0,
+        final_assignment=True,
+    )
+    labels = kmeans.assign(x, clustering.assigned_by)
+    return x, labels, 1 / oracle.mean_sq_dist(x, 10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_oracle(variant, seed):
+    x, labels, utility = world(seed)
+    expected = oracle.select(x, labels, utility, **VARIANTS[variant])
+    assert run(x, labels, utility, **VARIANTS[variant]).image_ids.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("parts", [2, 7, 150])
+def test_same_picks_and_utilities_for_any_split_and_block(variant, parts, monkeypatch):
+    x, labels, utility = world(1)
+    expected = run(x, labels, utility, **VARIANTS[variant])
+    monkeypatch.setattr(distances, "BLOCK_PRODUCTS", 64)
+    found = run(x, labels, utility, parts, **VARIANTS[variant])
+    assert found.image_ids.tolist() == expected.image_ids.tolist()
+    assert found.utilities.tolist() == expected.utilities.tolist()
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_laws(seed):
+    x, labels, utility = world(seed, n=60, m=5)
+    plain = run(x, labels, utility, **VARIANTS["noreg"]).image_ids.tolist()
+    cifar = VARIANTS["cifar10"]
+    assert run(x, labels, utility, **{**cifar, "weight": 0.0}).image_ids.tolist() == plain
+    assert run(x, labels, utility, **{**cifar, "rounds": 1}).image_ids.tolist() == plain
+    # No two unit vectors are farther apart than 4.
+    unlimited = run(x, labels, utility, **{**cifar, "horizon_sq_dist": 0.0})
+    assert run(x, labels, utility, **{**cifar, "horizon_sq_dist": 4.0 + 1e-5}).image_ids.tolist() == (
+        unlimited.image_ids.tolist()
+    )
+    # A window of all picks is no window.
+    assert run(x, labels, utility, **{**cifar, "horizon_picks": 5}).image_ids.tolist() == (
+        run(x, labels, utility, **cifar).image_ids.tolist()
+    )
+    # Rows in another order give the same picks.
+    order = np.random.default_rng(seed).permutation(60)
+    shuffled = run(x[order], labels[order], utility[order], **cifar)
+    assert order[shuffled.image_ids].tolist() == run(x, labels, utility, **cifar).image_ids.tolist()
+
+
+def test_moving_average_reaches_one_minus_momentum_to_the_power():
+    x, labels, utility = world(0)
+    candidates = Candidates(
+        x, np.arange(len(x)), labels, utility, momentum=0.9, parameters=Repulsion(0.5, 0, 0, True)
+    )
+    picks = candidates.nominate(0.0)
+    picked = PickedVectors(picks.cluster_ids, x[picks.image_ids])
+    candidates.repel(picked)
+    once = candidates.repulsion.copy()
+    for _ in range(8):
+        candidates.repel(picked)
+    assert np.allclose(candidates.repulsion, once / 0.1 * (1 - 0.9**9))
+
+
+def test_more_weight_pushes_picks_apart():
+    def spread(weight):
+        distances_ = []
+        for seed in range(8):
+            x, labels, utility = world(seed)
+            ids = run(x, labels, utility, **{**VARIANTS["cifar100"], "weight": weight}).image_ids
+            pairs = oracle.sq_dists(x[ids], x[ids]) + 10 * np.eye(len(ids))
+            distances_.append(pairs.min(axis=1).mean())
+        return np.mean(distances_)
+
+    assert spread(3.0) > spread(0.0)
+
+
+def test_duplicates_of_a_pick_are_not_pushed_by_it():
+    """In MoCo's mode only a pick at distance zero is left out: the pick itself and its exact duplicates."""
+    x = unit(np.array([[1, 0.0], [1, 0.0], [0.9, 0.1], [0, 1.0]]))
+    candidates = Candidates(
+        x,
+        np.arange(4),
+        np.array([0, 0, 0, 1], np.int32),
+        np.ones(4),
+        momentum=0.0,
+        parameters=Repulsion(0.5, 0, 0, False),
+    )
+    candidates.repel(PickedVectors(np.array([0, 1], np.int32), x[[0, 3]]))
+    assert candidates.repulsion[0] == candidates.repulsion[1] == pytest.approx(1 / np.sqrt(2))
+    assert candidates.repulsion[2] > 5
+
+
+def test_window_is_taken_before_the_own_cluster_is_left_out():
+    sq_dists = np.array([[0.1, 0.2, 0.4]])
+    own = np.array([[True, False, False]])
+    push, _ = selection.repulsion_of(sq_dists, own, Repulsion(1.0, 0.0, 2, True))
+    assert push[0] == pytest.approx(1 / 0.2)
+
+
+def test_near_duplicates_of_picks_are_judged_by_direct_differences():
+    """Candidates a millionth apart: their utilities differ by less than float64 products can tell."""
+    rng = np.random.default_rng(3)
+    base = unit(rng.normal(size=(4, 16)))
+    x = unit(np.repeat(base, 25, axis=0) + 1e-6 * rng.normal(size=(100, 16)))
+    labels = np.repeat(np.arange(4), 25)
+    utility = np.ones(100)
+    options = VARIANTS["cifar100"] | {"weight": 1e-3, "horizon_sq_dist": 0.0, "exclude_own_cluster": False}
+    expected = run(x, labels, utility, **options)
+    for parts in (3, 100):
+        found = run(x, labels, utility, parts, **options)
+        assert found.image_ids.tolist() == expected.image_ids.tolist()
+        assert found.utilities.tolist() == expected.utilities.tolist()
+
+
+def test_scaled_weight_is_in_units_of_what_picks_feel():
+    x, labels, _ = world(2)
+    parameters = Repulsion(0.5, 0, 0, True)
+    picks = np.array([np.flatnonzero(labels == c)[0] for c in range(9)])
+    picked = PickedVectors(np.arange(9, dtype=np.int32), x[picks])
+    pairs = oracle.sq_dists(x[picks], x[picks])
+    np.fill_diagonal(pairs, np.inf)
+    assert selection.repulsion_unit(picked, parameters) == pytest.approx(np.median((pairs**-0.5).sum(axis=1)))
+    alone = PickedVectors(np.zeros(1, np.int32), x[:1])
+    assert selection.repulsion_unit(alone, parameters) == 1.0
+
+
+def test_relative_density_has_median_one():
+    sq_dists = np.array([0.1, 0.2, 0.4], np.float32)
+    relative = density.relative(sq_dists, unit=float(np.float32(0.2)), floor=1e-6)
+    assert relative.tolist() == pytest.approx([2.0, 1.0, 0.5])
