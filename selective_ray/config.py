@@ -287,10 +287,9 @@ def _parse(assignment: str) -> tuple[str, Any]:
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        # A bare word is a string: --set embed.encoder=resnet18
-        pass
-    # `none` takes a key back to "not given" where that is its default; selection.scale has a "none" of its own.
-    return key, None if text.lower() == "none" and _default(key) is None else text
+        # `none` means "not given" where that is the default; it is also a word, as in selection.scale. Other
+        # bare words are strings: --set embed.encoder=resnet18
+        return key, None if text.lower() == "none" and _default(key) is None else text
 
 
 def _validate(flat: dict[str, Any]) -> Config:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +20,8 @@ from selective_ray.store import Run
 FILE = "lease.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+# What stands for a lease that cannot be read: nobody's, since long.
+_DAMAGED = {"token": "", "host": "", "pid": 0, "boot_id": "", "started": "", "heartbeat": 0.0}
 
 
 def _boot_id() -> str:
@@ -33,7 +37,9 @@ def _started(pid: int) -> str | None:
     A pid is given again to other processes; the pair of pid and start is not.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        # A zombie has ended; only its parent has not asked yet.
+        return None if state[0] in "ZX" else state[19]
     except (OSError, IndexError):
         pass
     try:
@@ -59,10 +65,12 @@ class Lease:
         self.stop = threading.Event()
 
     def __enter__(self) -> Lease:
-        while (holder := self._read()) is not None and holder["token"] != self.token:
-            self._wait_until_gone(holder)
-            self._remove(holder)
-        self._claim()
+        while True:
+            holder = self._read()
+            if holder is not None:
+                self._wait_until_gone(holder)
+            if self._take_from(holder):
+                break
         self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self.thread.start()
         return self
@@ -75,8 +83,10 @@ class Lease:
     ) -> None:
         self.stop.set()
         self.thread.join()
-        if (holder := self._read()) and holder["token"] == self.token:
-            self.run.fs.delete_file(self.run.path(FILE))
+        # A lease that cannot be removed is taken over at once, as that of a process that ended.
+        with suppress(OSError), self._alone():
+            if (holder := self._read()) and holder["token"] == self.token:
+                self.run.fs.delete_file(self.run.path(FILE))
 
     def check(self) -> None:
         """Raise UserError if another process has taken the run over, as it may after 60 silent seconds."""
@@ -86,11 +96,29 @@ class Lease:
 
     def _read(self) -> dict | None:
         try:
-            return json.loads(self.run.read_bytes(FILE))
+            found = json.loads(self.run.read_bytes(FILE))
         except FileNotFoundError:
             return None
         except ValueError:
-            return {"token": "", "host": "?", "pid": 0, "boot_id": "?", "started": "?", "heartbeat": 0.0}
+            return _DAMAGED
+        sound = isinstance(found, dict) and all(
+            isinstance(found.get(key), type(value)) for key, value in _DAMAGED.items()
+        )
+        return found if sound else _DAMAGED
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from the lease meanwhile, where the file system has locks."""
+        if not self.run.is_local:
+            yield
+            return
+        folder = os.open(self.run.root, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _content(self) -> bytes:
         pid = os.getpid()
@@ -114,64 +142,58 @@ class Lease:
                     "wait for it to end, or stop it, and run the same command again"
                 )
             return
-        seen = holder
-        while (left := STALE_SECONDS - (time.time() - seen["heartbeat"])) > 0:
+        # Only the age at first sight is taken from the clocks, which may differ between machines.
+        age = min(max(time.time() - holder["heartbeat"], 0.0), STALE_SECONDS)
+        stale = time.monotonic() + STALE_SECONDS - age
+        while (left := stale - time.monotonic()) > 0:
             self.say(
-                f"{self.run.uri} was in use on {seen['host']} {STALE_SECONDS - left:.0f} s ago; "
+                f"{self.run.uri} was in use on {holder['host']} {STALE_SECONDS - left:.0f} s ago; "
                 f"waiting up to {left:.0f} s to see whether that process lives"
             )
             time.sleep(min(left, HEARTBEAT_SECONDS / 2))
             now = self._read()
             if now is None:
                 return
-            if now["heartbeat"] > seen["heartbeat"]:
+            if now != holder:
                 raise UserError(
                     f"{self.run.uri} is in use by process {now['pid']} on {now['host']}; "
                     "wait for it to end, or stop it, and run the same command again"
                 )
 
-    def _remove(self, holder: dict) -> None:
-        """Take a dead holder's lease away; of several that try, the rename lets one succeed."""
-        path = self.run.path(FILE)
-        if not self.run.is_local:
-            return
-        try:
-            aside = f"{path}.{self.token}.tmp"
-            Path(path).rename(aside)
-            if json.loads(Path(aside).read_bytes() or b"{}").get("token", "") != holder["token"]:
-                # Another process took the place in between: give it back.
-                os.link(aside, path)
-            Path(aside).unlink()
-        except (FileNotFoundError, FileExistsError, ValueError):
-            pass
+    def _take_from(self, gone: dict | None) -> bool:
+        """Replace the lease that was found; False where it is another by now.
 
-    def _claim(self) -> None:
-        """Write the lease unless somebody else has; only one of several at once succeeds."""
+        Of several processes that try at once, one succeeds.
+        """
         path = self.run.path(FILE)
-        if self.run.is_local:
-            temporary = f"{path}.{self.token}.tmp"
-            Path(temporary).write_bytes(self._content())
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                raise self._lost_race() from None
-            finally:
-                Path(temporary).unlink()
-            return
+        with self._alone():
+            if self._read() != gone:
+                return False
+            if self.run.is_local:
+                if gone is not None:
+                    Path(path).unlink()
+                temporary = Path(f"{path}.{self.token}.tmp")
+                temporary.write_bytes(self._content())
+                try:
+                    # Exclusive also where there are no locks.
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+                finally:
+                    temporary.unlink()
+                return True
         # Object stores have no exclusive creation everywhere: the last of several writers holds the lease.
         self.run.write_bytes(self._content(), FILE)
         time.sleep(1.0)
-        if (holder := self._read()) is None or holder["token"] != self.token:
-            raise self._lost_race()
-
-    def _lost_race(self) -> UserError:
-        return UserError(f"{self.run.uri} was taken by another process a moment ago; wait for it to end")
+        holder = self._read()
+        return holder is not None and holder["token"] == self.token
 
     def _beat(self) -> None:
         while not self.stop.wait(HEARTBEAT_SECONDS):
             try:
-                self.check()
-                self.run.write_bytes(self._content(), FILE)
+                with self._alone():
+                    self.check()
+                    self.run.write_bytes(self._content(), FILE)
             except UserError:
                 return
             except OSError:

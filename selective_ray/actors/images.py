@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,21 +36,21 @@ def list_folder(run: Run, source: str, config: Config, reporter: Reporter) -> Ma
         listing = images.list_images(source)
         bar.advance(1)
     rows = shard_rows(len(listing), config.resources.shard_rows)
-    digest = hashlib.sha256()
+    digests = {column: hashlib.sha256() for column in ("uri", "size", "version")}
     shards = []
     for index, start in enumerate(range(0, len(listing), rows)):
         part = listing.slice(start, rows)
         ids = pa.array(np.arange(start, start + len(part)), pa.int64())
         shards.append(run.write_shard("images", index, part.add_column(0, "image_id", ids).cast(IMAGES)))
-        for column in ("uri", "size", "version"):
-            digest.update(json.dumps(part[column].to_pylist()).encode())
+        for column, digest in digests.items():
+            digest.update("".join(f"{value}\0" for value in part[column].to_pylist()).encode())
     return run.finish(
         "images",
         shards,
         seconds=stopwatch.seconds(),
         peak_memory_bytes={"driver": peak_memory()},
         summary={"images": len(listing)},
-        found={"content": digest.hexdigest()[:16]},
+        found={"content": _joined(digests.values())},
     )
 
 
@@ -151,7 +151,12 @@ def _digest(blocks: Iterable[tuple[np.ndarray, list[str]]]) -> str:
         vectors.update(np.ascontiguousarray(x).data)
         for name in names:
             uris.update(f"{name}\0".encode())
-    return hashlib.sha256(vectors.digest() + uris.digest()).hexdigest()[:16]
+    return _joined((vectors, uris))
+
+
+def _joined(digests: Iterable[Any]) -> str:
+    """Hash the hashes of columns, each over all rows, so that no cut into shards or blocks shows."""
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()[:16]
 
 
 def _in_shards(
