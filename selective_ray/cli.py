@@ -6,19 +6,43 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from selective_ray import __version__, config
 from selective_ray.errors import UsageError, UserError
 from selective_ray.progress import Reporter, one_line
 from selective_ray.store import BEGUN, TABLES, Run
 
+# The common base of what typer says of missing, unknown and malformed options; typer exports only this heir.
+_WrongUsage = typer.BadParameter.__base__
+
+
+class _Commands(TyperGroup):
+    """Says wrong usage in one line, like every other mistake."""
+
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            status = super().main(words, **{**options, "standalone_mode": False})
+        except _WrongUsage as error:
+            message = error.format_message()
+            if words:
+                if "--json" in words:
+                    print(json.dumps({"error": message}))  # noqa: T201
+                message = f"selective-ray: {' '.join(message.split())}"
+            print(message, file=sys.stderr)  # noqa: T201
+            status = 2
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Pick the images worth labeling out of a pile of unlabeled ones.",
     no_args_is_help=True,
     add_completion=False,
@@ -75,8 +99,10 @@ def _sentences(debug: bool, as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split())[:500]
-        _fail(f"{type(error).__name__}: {text}; run again with --debug to see where, or to continue", 1)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if as_json:
+            print(json.dumps({"error": text}))  # noqa: T201
+        _fail(f"{text}; run again with --debug to see where, or to continue", 1)
 
 
 def _fail(message: str, status: int) -> None:

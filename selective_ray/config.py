@@ -69,15 +69,19 @@ class Selection(Section):
     """The densest image of each cluster, regularized."""
 
     budget: int | None = Field(None, ge=1)
+    # Ten rounds with momentum 0.9 (USL on CIFAR) let the picks settle instead of swapping places.
     rounds: int = Field(10, ge=1)
-    weight: float = Field(0.5, ge=0)
+    # In units of `scale`; chosen with alpha and the window on three sets of images by the accuracy of a
+    # nearest-neighbor classifier on the picks (benchmarks/README.md, "Defaults").
+    weight: float = Field(2.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
-    # The exponent on the squared distance.
-    alpha: float = Field(0.5, gt=0, le=4)
+    # The exponent on the squared distance (USL on CIFAR-100 and with CLIP).
+    alpha: float = Field(1.0, gt=0, le=4)
     # Picks at this squared distance or farther do not repel; 0: no limit.
     horizon_sq_dist: float = Field(0.0, ge=0)
-    # Only so many nearest picks repel; 0: no limit.
-    horizon_picks: int = Field(0, ge=0)
+    # Only so many nearest picks repel; 0: no limit. A window keeps the repulsion local at any budget.
+    horizon_picks: int = Field(8, ge=0)
+    # As published for all but MoCo: a cluster's own pick must not drive its neighbors out of the race.
     exclude_own_cluster: bool = True
     # "median": density in units of its median, repulsion in units of what picks feel from each other, so
     # that one weight means the same for any n, d, k and budget. "none": as published.

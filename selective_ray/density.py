@@ -81,7 +81,9 @@ def possible_k(k: int, n: int, include_self: bool, asked: bool) -> tuple[int, st
 
     Raises UserError where a k that was asked for is too large.
     """
-    largest = max(1, n if include_self else n - 1)
+    largest = n if include_self else n - 1
+    if largest < 1:
+        raise UserError("one embedding has no neighbor but itself; leave density.include_self at true")
     if k <= largest:
         return k, None
     if asked:

@@ -53,7 +53,11 @@ def select(
     embeddings.complain(*unusable, "the array")
     config, asked = configuration.load(
         preset=preset,
-        options={**(settings or {}), "seed": seed, "selection.budget": budget},
+        options={
+            **(settings or {}),
+            **({} if seed is None else {"seed": seed}),
+            "selection.budget": budget,
+        },
         own_embeddings=True,
     )
     n = len(x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import secrets
 import subprocess
 import time
@@ -24,9 +25,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from selective_ray import __version__
-from selective_ray.errors import UserError
+from selective_ray.errors import UsageError, UserError
 from selective_ray.schema import SCHEMA_VERSION
 
+SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 # Each table with the command that makes it.
@@ -41,6 +43,11 @@ class Shard:
     rows: int
     sha256: str
     device: str = "cpu"
+
+    @property
+    def index(self) -> int:
+        """Number of the shard in its table."""
+        return int(SHARD_NAME.fullmatch(self.name)[1])
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class Run:
     """A run folder; `uri` is a local path or anything pyarrow's filesystems open."""
 
     def __init__(self, uri: str) -> None:
+        if not uri.strip():
+            raise UsageError("give --run a folder: it is empty")
         try:
             if "://" in uri:
                 self.fs, self.root = pafs.FileSystem.from_uri(uri)
@@ -155,7 +164,8 @@ class Run:
         """Return the content of a JSON file, or None where there is none."""
         try:
             return json.loads(self.read_bytes(*parts))
-        except FileNotFoundError:
+        # Nothing lies below a file either; `prepare` says what is wrong with such a place.
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
             raise UserError(
@@ -183,8 +193,9 @@ class Run:
         pq.write_table(content, buffer, compression=compression)
         data = buffer.getvalue()
         name = shard_name(index)
-        if not self.exists(table, name):
-            self.write_bytes(data, table, name)
+        if self.exists(table, name) and (there := self.recorded_shard(table, index)):
+            return there
+        self.write_bytes(data, table, name)
         return Shard(name, len(content), hashlib.sha256(data).hexdigest(), device)
 
     def read_shard(self, table: str, index: int, columns: list[str] | None = None) -> pa.Table:
@@ -210,9 +221,13 @@ class Run:
         """Return the indices of the shards that are there, whether or not the table is complete."""
         selector = pafs.FileSelector(self.path(table), allow_not_found=True)
         names = [info.base_name for info in self.fs.get_file_info(selector)]
-        return sorted(
-            int(name[5:-8]) for name in names if name.startswith("part-") and name.endswith(".parquet")
-        )
+        return sorted(int(match[1]) for match in map(SHARD_NAME.fullmatch, names) if match)
+
+    def clear(self, table: str) -> None:
+        """Remove the shards of a table that is not finished."""
+        assert not self.exists(table, MANIFEST)
+        for index in self.finished_shards(table):
+            self.fs.delete_file(self.path(table, shard_name(index)))
 
     def recorded_shard(self, table: str, index: int) -> Shard | None:
         """Describe a shard that an earlier attempt left, by reading it; None where it is damaged."""
@@ -245,11 +260,15 @@ class Run:
         """Claim a table for what is to be made: its manifest where that is complete, else None.
 
         Where nothing is here yet and the `earlier` run has finished just that, this run refers to it.
-        Raises UserError where the folder was finished or begun with another configuration.
+        Raises UserError where the folder was finished or begun with another configuration. A claim that led
+        to no shard, as of a budget that turned out too large, is given up for the new one.
         """
         wanted = fingerprint(table, what, inputs)
         there = self.manifest(table)
         theirs = asdict(there) if there else self.read_json(table, BEGUN)
+        if theirs and not there and theirs["fingerprint"] != wanted and not self.finished_shards(table):
+            self.fs.delete_dir_contents(self.path(table))
+            theirs = None
         if theirs and theirs["fingerprint"] != wanted:
             keys = differences({**what, "inputs": inputs}, {**theirs["what"], "inputs": theirs["inputs"]})
             raise UserError(

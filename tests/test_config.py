@@ -244,8 +244,8 @@ def test_dotted_keys_and_sections_mean_the_same(toml):
 
 # Presets
 
-# reference/usl.md 1.6, by hand: k, Lloyd iterations, T, lambda, beta, alpha, D2 horizon, h nearest, own cluster
-# excluded.
+# reference/usl.md 1.6, by hand: k, Lloyd iterations, T, lambda, beta, alpha, D2 horizon, h nearest, and
+# whether the own cluster is excluded.
 PUBLISHED = {
     "usl-cifar10": (400, 200, 10, 0.5, 0.9, 0.5, 4.0, 0, True),
     "usl-cifar100": (400, 200, 10, 1.0, 0.9, 1.0, 1.0, 0, True),
@@ -269,7 +269,8 @@ def test_presets_carry_the_published_constants(name):
         selection.horizon_picks,
         selection.exclude_own_cluster,
     )
-    # The mean of k squared distances, the image itself included; no test of convergence, labels lag; plain units.
+    # The mean of k squared distances, the image itself included; no test of convergence, and labels that lag
+    # one update; density and repulsion in plain units.
     assert (density.include_self, density.estimator, density.floor) == (True, "mean", 1e-12)
     assert (cluster.tolerance, cluster.init, cluster.final_assignment) == (0.0, "random", False)
     assert (selection.scale, selection.budget) == ("none", None)

@@ -1,4 +1,4 @@
-"""Density: by hand, against the oracle, exact whatever the blocks, duplicates, the k-th estimator, the median."""
+"""Density: by hand, against the oracle, exact whatever the blocks, duplicates, k-th estimator, median."""
 
 import math
 
@@ -86,7 +86,7 @@ def test_k_that_data_allow():
     assert density.possible_k(20, 20, True, asked=True) == (20, None)
     assert density.possible_k(20, 20, False, asked=False)[0] == 19
     assert density.possible_k(20, 1, True, asked=False)[0] == 1
-    with pytest.raises(UserError, match="set density.k to 5 or fewer"):
+    with pytest.raises(UserError, match=r"set density\.k to 5 or fewer"):
         density.possible_k(20, 5, True, asked=True)
 
 

@@ -106,7 +106,7 @@ def ended_pid() -> int:
 
 
 def left_over(run: Run) -> list[str]:
-    return os.listdir(run.uri)
+    return [path.name for path in Path(run.uri).iterdir()]
 
 
 def refusal(run: Run) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selective_ray import store
-from selective_ray.actors.images import table_of
+from selective_ray.actors.images import bring_file, table_of
+from selective_ray.config import Config, Resources
 from selective_ray.errors import UserError
+from selective_ray.progress import Reporter, Watch
 from selective_ray.schema import CLUSTERS, REJECTED, embeddings_schema
 from selective_ray.store import BEGUN, MANIFEST, Run, Stopwatch, differences, fingerprint, shard_name
 
@@ -183,9 +186,10 @@ def test_embeddings_round_trip(run, dtype):
 def test_the_first_writer_of_a_shard_wins(run):
     first = run.write_shard("clusters", 0, clusters(0, 5))
     data = run.read_bytes("clusters", shard_name(0))
-    run.write_shard("clusters", 0, clusters(7, 5))
+    late = run.write_shard("clusters", 0, clusters(7, 4))
     assert run.read_bytes("clusters", shard_name(0)) == data
-    assert run.recorded_shard("clusters", 0) == first
+    # What goes into the manifest is what is there.
+    assert late == first == run.recorded_shard("clusters", 0)
 
 
 def test_a_recorded_shard_is_what_its_writer_said(run):
@@ -247,12 +251,23 @@ def test_the_same_configuration_is_complete(run):
     assert run.begin("clusters", shuffled(WHAT), INPUTS) == done
 
 
+def test_a_claim_without_shards_is_given_up_for_another(run):
+    """As after a budget that turned out too large: what lies there was made for the old claim."""
+    run.begin("clusters", WHAT, INPUTS)
+    run.write_bytes(b"old", "clusters", "centroids.npy")
+    other = {"cluster": {"iterations": 50, "init": "random"}, "seed": 3}
+    assert run.begin("clusters", other, INPUTS) is None
+    assert not run.exists("clusters", "centroids.npy")
+    assert run.finish("clusters", [], seconds=0.0, peak_memory_bytes={}, summary={}).what == other
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_configuration_is_refused_naming_fingerprints_keys_and_remedy(run, finished):
     if finished:
         finish(run)
     else:
         run.begin("clusters", WHAT, INPUTS)
+        run.write_shard("clusters", 0, clusters(0, 5))
     before = {path: path.read_bytes() for path in Path(run.uri).rglob("*") if path.is_file()}
     other = {"cluster": {"iterations": 50, "init": "random"}, "seed": 3}
     said = message(run.begin, "clusters", other, {"embeddings": "fedcba9876543210"})
@@ -358,6 +373,53 @@ def test_a_stopwatch_adds_up_the_attempts(run, monkeypatch):
     assert Stopwatch(Run(run.uri), "clusters").seconds() == 15
 
 
+class CutShort(Reporter):
+    """Ctrl-C after some shards."""
+
+    @contextmanager
+    def stage(self, *args, **options):
+        watch = Watch(None, None)
+        calls = iter(range(2))
+        watch.advance = lambda units: next(calls)
+        try:
+            yield watch
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+
+@pytest.mark.parametrize("shard_rows", [3, 2, None])
+def test_shards_of_an_attempt_that_was_cut_short_do_not_mix_with_others(run, tmp_path, shard_rows):
+    """Shards of two rows are there already when the command comes again with another number of rows."""
+    x = unit(np.random.default_rng(0).normal(size=(10, 4)))
+    np.save(tmp_path / "x.npy", x)
+    source = str(tmp_path / "x.npy")
+    with pytest.raises(KeyboardInterrupt):
+        bring_file(run, source, Config(resources=Resources(shard_rows=2)), CutShort())
+    assert run.finished_shards("embeddings")
+    bring_file(run, source, Config(resources=Resources(shard_rows=shard_rows)), Reporter())
+    shards = run.manifest("embeddings").shards
+    ids, rows = zip(*(run.read_embeddings(i) for i in range(len(shards))), strict=True)
+    assert np.concatenate(ids).tolist() == list(range(10))
+    assert (np.concatenate(rows) == x).all()
+    for table in ("images", "embeddings"):
+        for i, shard in enumerate(run.manifest(table).shards):
+            assert run.recorded_shard(table, i) == shard
+
+
+def test_a_death_between_two_manifests_is_resumed(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.eye(3))
+    source = str(tmp_path / "x.npy")
+    bring_file(run, source, Config(), Reporter())
+    manifests = {table: run.manifest(table) for table in ("images", "rejected", "embeddings")}
+    # The last of the manifests was not written yet.
+    what = manifests["embeddings"].what, manifests["embeddings"].inputs
+    Path(run.path("embeddings", MANIFEST)).unlink()
+    run.begin("embeddings", *what)
+    bring_file(run, source, Config(), Reporter())
+    assert run.manifest("embeddings").shards == manifests["embeddings"].shards
+    assert run.manifest("images") == manifests["images"] and run.manifest("rejected") == manifests["rejected"]
+
+
 # Places
 
 
@@ -395,7 +457,7 @@ def test_a_place_of_an_unknown_kind_is_a_sentence(uri):
 def test_prepare_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
     run = Run(str(tmp_path / "a" / "b"))
     run.prepare()
-    assert os.listdir(run.uri) == []
+    assert list(Path(run.uri).iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):

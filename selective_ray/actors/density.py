@@ -55,7 +55,7 @@ def measure(
                     )
                 )
         for written, peak in pool.answers(calls):
-            shards |= {int(shard.name[5:-8]): shard for shard in written}
+            shards |= {shard.index: shard for shard in written}
             memory = max(memory, peak)
             bar.advance(sum(shard.rows for shard in written))
             check()

@@ -312,44 +312,71 @@ def place(resources: Resources) -> Placement:
     return Placement(encoders_, share, share, 0.0, "cpu")
 
 
-@ray.remote(num_cpus=1, max_retries=2)
-def fit_pca(run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read) -> dict[str, np.ndarray]:
-    """Fit the encoder `pca` to a sample by row position; rows are the images of each shard.
+def _fitted_pca(
+    run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read, stall_seconds: float
+) -> dict[str, np.ndarray]:
+    """Return the components of `pca`: those kept beside the embeddings, else fitted to a seeded sample.
 
-    It is kept beside the embeddings, so that a resumed run continues with the same components.
+    The sample is drawn by row position, whatever the shards; rows are the images of each. Images that
+    cannot be read, or whose reading ends its process or hangs, are left out of it.
     """
     if run.exists("embeddings", PCA_FILE):
         with np.load(io.BytesIO(run.read_bytes("embeddings", PCA_FILE)), allow_pickle=False) as stored:
             return dict(stored)
-    pca = encoders.fit_pca(_sample(run, pixels, rows, seed, read))
+    n = sum(rows)
+    chosen = np.sort(np.random.default_rng(seed).choice(n, min(n, PCA_SAMPLE), replace=False))
+    shards = np.searchsorted(np.cumsum(rows), chosen, side="right")
+    first = np.cumsum([0, *rows])
+    parts = [(int(shard), chosen[shards == shard] - first[shard]) for shard in np.unique(shards)]
+    decoded: dict[int, ray.ObjectRef] = {}
+    reasons: Counter[str] = Counter()
+    while parts:
+        calls = {
+            sample_pixels.remote(run, shard, places, pixels, read): (shard, places) for shard, places in parts
+        }
+        parts = []
+        pending = list(calls)
+        while pending:
+            ready, pending = ray.wait(pending, timeout=stall_seconds)
+            for call in ready:
+                shard, places = calls[call]
+                try:
+                    usable, rejected = ray.get(call)
+                    reasons.update(rejected)
+                    decoded[int(first[shard] + places[0])] = usable
+                except ray.exceptions.RayError:
+                    # Ray tried it three times: look for the image at fault, and do without that one.
+                    parts += (
+                        [(shard, places[i : i + 1]) for i in range(len(places))] if len(places) > 1 else []
+                    )
+            if not ready:
+                for call in pending:
+                    ray.cancel(call, force=True)
+    sample = np.concatenate([decoded[place] for place in sorted(decoded)]) if decoded else np.empty((0, 1))
+    if not len(sample):
+        raise UserError(_nothing_usable(n, reasons))
+    pca = encoders.fit_pca(sample)
     buffer = io.BytesIO()
     np.savez(buffer, **pca)
     run.write_bytes(buffer.getvalue(), "embeddings", PCA_FILE)
     return pca
 
 
-def _sample(run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read) -> np.ndarray:
-    """Decode a seeded sample of the images, by row position whatever the shards: uint8 [s, h, w, 3]."""
-    n = sum(rows)
-    chosen = np.sort(np.random.default_rng(seed).choice(n, min(n, PCA_SAMPLE), replace=False))
-    shard_of = np.searchsorted(np.cumsum(rows), chosen, side="right")
-    first = np.cumsum([0, *rows])
-    decoded, reasons = [], Counter()
-    for shard in np.unique(shard_of):
-        uris = _uris(run, int(shard))
-        some = [uris[row - first[shard]] for row in chosen[shard_of == shard]]
-        batch, rejected = images.read_batch(some, size=pixels.size, crop=pixels.crop, read=read)
-        decoded.append(np.delete(batch, list(rejected), axis=0))
-        reasons.update(rejected.values())
-    sample = np.concatenate(decoded)
-    if not len(sample):
-        raise UserError(_nothing_usable(n, reasons))
-    return sample
+@ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)
+def sample_pixels(
+    run: Run, shard: int, places: np.ndarray, pixels: Pixels, read: Read
+) -> tuple[np.ndarray, list[str]]:
+    """Decode some images of a shard: those that can be, uint8 [s, h, w, 3], and why the others cannot."""
+    uris = _uris(run, shard)
+    batch, rejected = images.read_batch(
+        [uris[place] for place in places], size=pixels.size, crop=pixels.crop, read=read
+    )
+    return np.delete(batch, list(rejected), axis=0), list(rejected.values())
 
 
 def _nothing_usable(n: int, reasons: Counter[str]) -> str:
-    reason, count = reasons.most_common(1)[0]
-    return f"none of the {n} images could be used; most often: {reason} ({count} times); check --images"
+    often = "; most often: {} ({} times)".format(*reasons.most_common(1)[0]) if reasons else ""
+    return f"none of the {n} images could be used{often}; check --images"
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -416,7 +443,7 @@ def embed(
             session.start()
             spec = _spec(run, config, pixels, rows, read)
             for embedded, rejected, peak in _waves(run, config, todo, pixels, spec, read, bar):
-                finished[int(embedded.name[5:-8])] = (embedded, rejected)
+                finished[embedded.index] = (embedded, rejected)
                 memory = max(memory, peak)
                 check()
                 stopwatch.note()
@@ -429,8 +456,8 @@ def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], read: Read)
     spec = EncoderSpec(embed.encoder, checkpoint, pixels.size)
     if embed.encoder != encoders.PCA:
         return spec
-    with unwrapped():
-        return replace(spec, pca=ray.get(fit_pca.remote(run, pixels, rows, config.seed, read)))
+    stall_seconds = config.resources.stall_seconds
+    return replace(spec, pca=_fitted_pca(run, pixels, rows, config.seed, read, stall_seconds))
 
 
 def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
@@ -475,7 +502,7 @@ def _waves(
                 bar.advance(value)
                 unfinished += value
             else:
-                shard = int(value[0].name[5:-8])
+                shard = value[0].index
                 del ranges[shard]
                 unfinished -= todo[shard]
                 yield value

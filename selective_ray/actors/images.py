@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,15 @@ def shard_rows(n: int, asked: int | None) -> int:
 def list_folder(run: Run, source: str, config: Config, reporter: Reporter) -> Manifest:
     """List the images of a folder into `images/`; a listing that is there is the truth of the run."""
     source = source if "://" in source else str(Path(source).absolute())
-    there = run.manifest("images")
-    what = {"source": source, "content": there.what["content"]} if there else {"source": source}
-    if done := run.begin("images", what, {}):
-        return done
-    stopwatch = Stopwatch(run, "images")
+    if there := run.manifest("images"):
+        return run.begin("images", {"source": source, "content": there.what["content"]}, {}) or there
+    # Listed before it is begun: a mistyped folder must not claim the run.
+    started = time.monotonic()
     with reporter.stage("list", 1, "folders") as bar:
         listing = images.list_images(source)
         bar.advance(1)
+    run.begin("images", {"source": source}, {})
+    run.clear("images")
     rows = shard_rows(len(listing), config.resources.shard_rows)
     digests = {column: hashlib.sha256() for column in ("uri", "size", "version")}
     shards = []
@@ -47,7 +49,7 @@ def list_folder(run: Run, source: str, config: Config, reporter: Reporter) -> Ma
     return run.finish(
         "images",
         shards,
-        seconds=stopwatch.seconds(),
+        seconds=time.monotonic() - started,
         peak_memory_bytes={"driver": peak_memory()},
         summary={"images": len(listing)},
         found={"content": _joined(digests.values())},
@@ -66,43 +68,41 @@ def bring_file(run: Run, path: str, config: Config, reporter: Reporter) -> None:
     version = f"{status.st_mtime_ns}-{status.st_size}"
     there = run.manifest("images")
     same = there and there.what["source"] == source and there.summary.get("version") == version
-    content = there.what["content"] if same else _digest(blocks)
+    content = there.what["content"] if same else _digest(blocks, path)
     dtype = {"embed": {"dtype": config.embed.dtype}}
     done = run.begin("images", {"source": source, "content": content}, {})
     inputs = {"images": content}
     finished = [run.begin(table, dtype, inputs) for table in ("embeddings", "rejected")]
     if done and all(finished):
         return
+    # Shards of an attempt that was cut short may be of another length.
+    if not done:
+        run.clear("images")
+    run.clear("embeddings")
     stopwatch = Stopwatch(run, "embeddings")
-    rows = shard_rows(n, config.resources.shard_rows)
+    rows = done.shards[0].rows if done else shard_rows(n, config.resources.shard_rows)
     schema = embeddings_schema(d, config.embed.dtype)
     listed: list[Shard] = []
     embedded: list[Shard] = []
-    not_finite: list[np.ndarray] = []
-    zero: list[np.ndarray] = []
     first = 0
     with reporter.stage("read", n, "rows") as bar:
         for x, uris in _in_shards(embeddings.read(source)[2], rows):
-            unit, unusable, zeros = embeddings.unit_rows(x, first)
-            not_finite.append(unusable)
-            zero.append(zeros)
+            unit, _, _ = embeddings.unit_rows(x)
             ids = np.arange(first, first + len(x))
             first += len(x)
             bar.advance(len(x))
-            if sum(map(len, not_finite)) or sum(map(len, zero)):
-                continue
             table = pa.table(
                 {"image_id": ids, "uri": uris, "size": np.full(len(x), d), "version": [""] * len(x)}, IMAGES
             )
             listed.append(run.write_shard("images", len(listed), table))
             embedded.append(run.write_shard("embeddings", len(embedded), table_of(ids, unit, schema)))
-    embeddings.complain(np.concatenate(not_finite), np.concatenate(zero), path)
-    nothing = run.write_shard("rejected", 0, REJECTED.empty_table())
     memory = {"driver": peak_memory()}
     summary = {"images": n, "version": version}
     if not done:
         run.finish("images", listed, seconds=0.0, peak_memory_bytes=memory, summary=summary)
-    run.finish("rejected", [nothing], seconds=0.0, peak_memory_bytes=memory, summary={})
+    if not finished[1]:
+        nothing = run.write_shard("rejected", 0, REJECTED.empty_table())
+        run.finish("rejected", [nothing], seconds=0.0, peak_memory_bytes=memory, summary={})
     run.finish(
         "embeddings",
         embedded,
@@ -144,13 +144,19 @@ def refer_to_run(run: Run, other: Run) -> None:
             run.refer(table, other)
 
 
-def _digest(blocks: Iterable[tuple[np.ndarray, list[str]]]) -> str:
-    """Hash rows and uris, however they are blocked."""
+def _digest(blocks: Iterable[tuple[np.ndarray, list[str]]], path: str) -> str:
+    """Hash rows and uris, however they are blocked; raises UserError that counts the unusable rows."""
     vectors, uris = hashlib.sha256(), hashlib.sha256()
+    not_finite, zero, first = [], [], 0
     for x, names in blocks:
+        _, *unusable = embeddings.unit_rows(x, first)
+        not_finite.append(unusable[0])
+        zero.append(unusable[1])
+        first += len(x)
         vectors.update(np.ascontiguousarray(x).data)
         for name in names:
             uris.update(f"{name}\0".encode())
+    embeddings.complain(np.concatenate(not_finite), np.concatenate(zero), path)
     return _joined((vectors, uris))
 
 

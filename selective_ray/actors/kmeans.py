@@ -13,7 +13,6 @@ from selective_ray import kmeans
 from selective_ray.actors.session import peak_memory
 from selective_ray.actors.shards import Pool
 from selective_ray.config import Config
-from selective_ray.errors import UserError
 from selective_ray.progress import Reporter
 from selective_ray.schema import Partial
 from selective_ray.store import Manifest, Run, Stopwatch
@@ -42,8 +41,6 @@ def cluster(
     }
     if done := run.begin("clusters", what, run.fingerprints("embeddings"), earlier):
         return done
-    if budget > n:
-        raise UserError(f"budget {budget} exceeds the {n} embedded images; lower --budget to {n} or fewer")
     stopwatch = Stopwatch(run, "clusters")
     with reporter.stage("cluster", config.cluster.iterations, "iterations") as bar:
         pool.start()

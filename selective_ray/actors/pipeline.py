@@ -51,8 +51,10 @@ def advance(
         else:
             listed = list_folder(run, source.images or "", config, reporter)
             if upto in ("clusters", "selection"):
-                _check_budget(config, listed.rows)
+                _check_budget(config, listed.rows, "images found")
             embeddings.embed(run, config, session, reporter, check=lease.check, read=read)
+        if upto in ("clusters", "selection"):
+            _check_budget(config, run.manifest("embeddings").rows, "embedded images")
         pool = Pool(run, config.resources.workers, session)
         if upto in ("density", "selection"):
             density.measure(
@@ -80,10 +82,10 @@ def _earlier_run(source: Source) -> Run | None:
     return earlier
 
 
-def _check_budget(config: Config, n: int) -> None:
+def _check_budget(config: Config, n: int, what: str) -> None:
     budget = config.selection.budget
     if budget and budget > n:
-        raise UserError(f"budget {budget} exceeds the {n} images found; lower --budget to {n} or fewer")
+        raise UserError(f"budget {budget} exceeds the {n} {what}; lower --budget to {n} or fewer")
 
 
 def write_report(run: Run, seed: int, reporter: Reporter) -> bool:

@@ -1,0 +1,343 @@
+"""Faults: processes of every kind are killed in every stage, and the picks stay those of a quiet run.
+
+`make test` kills the driver once in every stage and meets one poisonous image; `make faults` does the rest.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import unit
+from test_pipeline import advance, picks_of, pictures
+
+from selective_ray import in_memory
+from selective_ray.actors import pipeline
+from selective_ray.errors import UserError
+from selective_ray.store import Run
+
+N, BUDGET = 24_000, 600
+# No tolerance and many rounds, so that every stage lasts a second or more.
+SETTINGS = {
+    "density.k": 10,
+    "cluster.tolerance": 0.0,
+    "cluster.iterations": 40,
+    "selection.rounds": 12,
+    "seed": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(50, 32))
+    file = tmp_path_factory.mktemp("vectors") / "x.npy"
+    np.save(file, unit(centers[rng.integers(0, 50, N)] + 0.6 * rng.normal(size=(N, 32))))
+    return file
+
+
+@pytest.fixture(scope="module")
+def expected_of_vectors(vectors):
+    return in_memory.select(np.load(vectors), BUDGET, settings=SETTINGS).rows.tolist()
+
+
+def command(source: list[str], run: Path, settings: dict, budget: int) -> list[str]:
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [
+        *(sys.executable, "-m", "selective_ray", "select", *source),
+        *("--run", str(run), "--budget", str(budget), "--debug", *sets),
+    ]
+
+
+def under_way(run: Path, table: str, shards: int) -> bool:
+    """Whether a table was begun, has some shards, and is not finished."""
+    folder = run / table
+    return (
+        (folder / "begun.json").exists()
+        and len(list(folder.glob("part-*.parquet"))) >= shards
+        and not (folder / "manifest.json").exists()
+    )
+
+
+def kill_driver_in(
+    words: list[str], run: Path, table: str, shards: int, number: int = signal.SIGKILL
+) -> None:
+    """Start the command, and kill it while it makes a table and has written some of its shards."""
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not under_way(run, table, shards):
+            assert driver.poll() is None, driver.stderr.read()
+            assert time.monotonic() < deadline, f"{table} was never seen under way"
+            time.sleep(0.002)
+        driver.send_signal(number)
+        driver.wait(60)
+    finally:
+        driver.kill()
+        driver.stderr.close()
+    assert not (run / table / "manifest.json").exists(), f"{table} was finished before the kill"
+
+
+def finish(words: list[str]) -> str:
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_driver_killed_in_density_clusters_and_selection(vectors, expected_of_vectors, tmp_path):
+    """Each time the same command continues at once, from what was finished."""
+    run = tmp_path / "run"
+    words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
+    kill_driver_in(words, run, "density", 1)
+    measured = {path.name: path.stat().st_mtime_ns for path in (run / "density").glob("*.parquet")}
+    kill_driver_in(words, run, "clusters", 0)
+    for name, written in measured.items():
+        assert (run / "density" / name).stat().st_mtime_ns == written, "a finished shard was redone"
+    kill_driver_in(words, run, "selection", 0)
+    output = finish(words)
+    assert "already complete: images, embeddings, rejected, density, clusters" in output
+    assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
+    assert not list(run.rglob("begun.json"))
+
+
+@pytest.fixture(scope="module")
+def many_pictures(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("many") / "images", 400)
+
+
+EMBED = {
+    "embed.encoder": "pca",
+    "embed.image_size": 8,
+    "embed.batch": 4,
+    "density.k": 5,
+    "resources.shard_rows": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def quiet(two_cpus, many_pictures, tmp_path_factory):
+    """An undisturbed run over many pictures."""
+    source = pipeline.Source(images=str(many_pictures))
+    return advance(tmp_path_factory.mktemp("quiet") / "run", source=source, **EMBED)
+
+
+def same_as(run: Run, quiet: Run) -> bool:
+    """The same embeddings, to the bit, and the same picks."""
+    shards = range(len(quiet.manifest("embeddings").shards))
+    mine, theirs = (np.concatenate([r.read_embeddings(i)[1] for i in shards]) for r in (run, quiet))
+    return np.array_equal(mine, theirs) and picks_of(run) == picks_of(quiet)
+
+
+def test_driver_killed_while_embedding(quiet, many_pictures, tmp_path):
+    run = tmp_path / "run"
+    words = command(["--images", str(many_pictures)], run, EMBED, 6)
+    kill_driver_in(words, run, "embeddings", 3)
+    written = {path.name: path.stat().st_mtime_ns for path in (run / "embeddings").glob("*.parquet")}
+    finish(words)
+    for name, moment in written.items():
+        assert (run / "embeddings" / name).stat().st_mtime_ns == moment, "a finished shard was redone"
+    assert same_as(Run(str(run)), quiet)
+
+
+def poisonous(poison: str, deed: str):
+    """Reads files, but kills its process, hangs or raises at one of them; travels to workers by value."""
+
+    def read(uri: str) -> bytes:
+        if uri.endswith(poison):
+            import os
+            import signal
+            import time
+
+            if deed == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if deed == "hang":
+                time.sleep(3600)
+            raise ArithmeticError("no decoder expects this")
+        with open(uri, "rb") as file:  # noqa: PTH123
+            return file.read()
+
+    return read
+
+
+def check_poison(deed, folder, quiet, tmp_path, **options):
+    source = pipeline.Source(images=str(folder))
+    read = poisonous("123.png", deed)
+    run = advance(tmp_path / "run", source=source, upto="embeddings", read=read, **EMBED, **options)
+    assert run.manifest("embeddings").rows == 399
+    rejected = run.read_shard("rejected", 6).to_pylist()
+    assert [(row["image_id"], Path(row["uri"]).name) for row in rejected] == [(123, "123.png")]
+    assert "3 times" in rejected[0]["reason"]
+    for shard in range(20):
+        ids, x = run.read_embeddings(shard)
+        kept = ids != 123
+        assert np.array_equal(
+            x[kept], quiet.read_embeddings(shard)[1][np.isin(quiet.read_embeddings(shard)[0], ids)]
+        )
+
+
+def test_image_that_kills_its_reader_is_rejected(quiet, many_pictures, tmp_path):
+    """The shard is split down to the image at fault; its neighbors keep their embeddings to the bit."""
+    check_poison("kill", many_pictures, quiet, tmp_path)
+
+
+@pytest.mark.faults
+def test_image_that_makes_its_reader_raise_is_rejected(quiet, many_pictures, tmp_path):
+    check_poison("raise", many_pictures, quiet, tmp_path)
+
+
+@pytest.mark.faults
+def test_image_that_hangs_its_reader_is_rejected(quiet, many_pictures, tmp_path):
+    check_poison("hang", many_pictures, quiet, tmp_path, **{"resources.stall_seconds": 12.0})
+
+
+@pytest.mark.faults
+def test_no_progress_at_all_ends_with_a_sentence(two_cpus, many_pictures, tmp_path):
+    source = pipeline.Source(images=str(many_pictures))
+    with pytest.raises(UserError, match="embedding made no progress in 3 attempts"):
+        advance(
+            tmp_path / "run",
+            source=source,
+            read=poisonous("", "hang"),
+            **EMBED | {"embed.encoder": "resnet18", "embed.checkpoint": _checkpoint(tmp_path)},
+            **{"resources.stall_seconds": 1.0},
+        )
+
+
+def _checkpoint(folder: Path) -> str:
+    import torch
+    from torchvision import models
+
+    torch.save(models.resnet18(weights=None).state_dict(), folder / "resnet18.pth")
+    return str(folder / "resnet18.pth")
+
+
+def pids_of(title: str) -> list[int]:
+    """Processes of this test's Ray whose title begins so."""
+    import ray
+
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes().decode(errors="replace").startswith(title) and any(
+                session in str(link.readlink()) for link in (process / "fd").iterdir()
+            ):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def killer(title: str, when, times: int = 1):
+    """Kill processes of a title, one at a time, whenever `when` holds; yields the list of those killed."""
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def watch():
+        while not stop.wait(0.01) and len(killed) < times:
+            if when():
+                for pid in [pid for pid in pids_of(title) if pid not in killed][:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "title", ["ray::Wave", "ray::MapWorker(MapBatches(Encode))", "ray::MapBatches(decode_range)"]
+)
+def test_worker_killed_while_embedding(title, quiet, many_pictures, tmp_path):
+    run = tmp_path / "run"
+    with killer(title, lambda: under_way(run, "embeddings", 2)) as killed:
+        done = advance(run, source=pipeline.Source(images=str(many_pictures)), **EMBED)
+    assert killed, f"no process {title} was there to kill"
+    assert same_as(done, quiet)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("table", "shards"), [("density", 1), ("clusters", 0), ("selection", 0)])
+@pytest.mark.parametrize("times", [1, 3])
+def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_of_vectors, tmp_path):
+    run = tmp_path / "run"
+    with killer("ray::ShardHolder", lambda: under_way(run, table, shards), times) as killed:
+        done = advance(
+            run, source=pipeline.Source(embeddings=str(vectors)), **SETTINGS, **{"selection.budget": BUDGET}
+        )
+    assert len(killed) == times
+    assert [pick["image_id"] for pick in picks_of(done)] == expected_of_vectors
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_driver_interrupted_politely(number, vectors, expected_of_vectors, tmp_path):
+    run = tmp_path / "run"
+    words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
+    kill_driver_in(words, run, "clusters", 0, number)
+    assert not (run / "lease.json").exists(), "a polite end gives the lease back"
+    finish(words)
+    assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
+
+
+@pytest.mark.faults
+def test_driver_killed_again_and_again(many_pictures, quiet, tmp_path):
+    """Killed at random moments of its life until it ends by itself."""
+    run = tmp_path / "run"
+    words = command(["--images", str(many_pictures)], run, EMBED, 6)
+    rng = np.random.default_rng(1)
+    for attempt in range(8):
+        driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            driver.wait(float(rng.uniform(3, 12 + 4 * attempt)))
+            break
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            driver.wait()
+    finish(words)
+    assert same_as(Run(str(run)), quiet)
+
+
+@pytest.mark.faults
+def test_second_command_is_refused_while_the_first_works(vectors, tmp_path):
+    run = tmp_path / "run"
+    words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "density" / "begun.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        second = subprocess.run(
+            [w for w in words if w != "--debug"], capture_output=True, text=True, check=False
+        )
+        assert second.returncode == 1
+        assert f"in use by process {first.pid} on this machine" in second.stderr
+        assert first.wait(120) == 0
+    finally:
+        first.kill()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("table", ["embeddings", "rejected", "density"])
+def test_damaged_shard_of_an_unfinished_table_is_made_again(table, quiet, many_pictures, tmp_path):
+    """A shard cut short by a full disk or a bad copy, found when the run continues."""
+    run = tmp_path / "run"
+    words = command(["--images", str(many_pictures)], run, EMBED, 6)
+    kill_driver_in(words, run, "density" if table == "density" else "embeddings", 3)
+    shard = sorted((run / table).glob("part-*.parquet"))[0]
+    shard.write_bytes(shard.read_bytes()[:50])
+    finish(words)
+    assert same_as(Run(str(run)), quiet)
