@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -14,10 +13,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from selective_ray.charts import (
+    COVERAGE_SHARES,
+    Coverage,
+    Histogram,
+    Scatter,
+    curves,
+    dots,
+    histogram,
+    number,
+    percent,
+)
 from selective_ray.store import Manifest
 
-# Of the images, so many lie within the distances that the page states.
-COVERAGE_SHARES = (0.5, 0.9, 0.99)
 NAME, URI, VALUE = 64, 1_000, 200
 ROWS_SHOWN = 150
 # Pictures beyond these are folded away: a phone shows two in a row.
@@ -43,45 +51,6 @@ class Picture:
 
     jpeg: bytes | None
     reason: str
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Shares of all images and of the picks in bins [b] between edges [b + 1]."""
-
-    edges: np.ndarray
-    everything: np.ndarray
-    picks: np.ndarray
-    median_everything: float
-    median_picks: float
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How near a sample of the images is to a pick, and to the nearest of as many random rows.
-
-    Shares within radii [r]: of the picks [r], of each random draw [draws, r]. Distances that hold
-    COVERAGE_SHARES of the images: to the picks [3], to each draw [draws, 3].
-    """
-
-    radii: np.ndarray
-    near_pick: np.ndarray
-    near_drawn: np.ndarray
-    pick_distances: np.ndarray
-    drawn_distances: np.ndarray
-    rows: int
-    picks: int
-    shards: int
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """Positions on the two main axes: a sample of rows [s, 2] and of picks [p, 2], which are `which` [p]."""
-
-    rows: np.ndarray
-    picks: np.ndarray
-    which: np.ndarray
-    variance: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -172,7 +141,7 @@ def _summary(facts: Facts) -> str:
     unread = f" ({_amount(left_out, 'further file')} could not be used)" if left_out else ""
     chosen = (
         f"Out of {_amount(n, 'image')}{unread}, {m:,} {'was' if m == 1 else 'were'} chosen to be labeled "
-        f"by people: {_percent(m / n)} of them."
+        f"by people: {percent(m / n)} of them."
     )
     apart = facts.setting("selection", "weight", 1) and facts.setting("selection", "rounds", 2) > 1
     how = (
@@ -224,7 +193,7 @@ def _coverage(facts: Facts) -> str:
     return f"""<p>The line shows the share of the images that have a selected image within a given distance;
 the band shows the same for {len(c.drawn_distances)} seeded random draws of as many images. Distances are
 between unit vectors: 0 is the same, 1.41 is unrelated, 2 is the opposite.</p>
-<div class="split">{_curves(c)}
+<div class="split">{curves(c)}
 {_table(("", "to a pick", "to a random image"), rows)}</div>
 <p class="note">{everything} {c.rows:,} images{source}, against {picks} and {len(c.drawn_distances)} draws of
 {c.picks:,} images.</p>"""
@@ -236,11 +205,16 @@ def _map(facts: Facts, pictures: dict[int, Picture], map_rows: int) -> str:
     rows = min(map_rows, len(s.rows))
     images = f"All {rows:,}" if rows == facts.images else f"A seeded sample of {rows:,}"
     shown = "every pick" if len(s.picks) == m else f"{len(s.picks):,} of the {m:,} picks"
+    titles, links = [], []
+    for pick in s.which.tolist():
+        name = _text(_basename(facts.picks.uris[pick]), NAME)
+        titles.append(f"{name}, cluster {facts.picks.cluster_ids[pick]}")
+        links.append(f"#image-{facts.picks.image_ids[pick]}" if pick in pictures else None)
     return f"""<p>{images} images as small dots and {shown} as large ones, on the two axes along
-which the images differ most. The axes carry {_percent(s.variance[0])} and {_percent(s.variance[1])} of all
+which the images differ most. The axes carry {percent(s.variance[0])} and {percent(s.variance[1])} of all
 differences, so what is close here need not be alike. Point at a pick for its name, click it for its
 picture.</p>
-{_dots(s, facts.picks, pictures, rows)}"""
+{dots(s, titles, links, rows)}"""
 
 
 def _density(facts: Facts) -> str:
@@ -254,7 +228,7 @@ def _density(facts: Facts) -> str:
     h = facts.density
     return f"""<p>The density of an image is 1 / {measured}{itself}: high where many images look alike.
 Its median is {_exact(h.median_everything)} over all images and {_exact(h.median_picks)} over the picks.</p>
-{_histogram(h, "density (logarithmic)", log=True)}"""
+{histogram(h, "density (logarithmic)", log=True)}"""
 
 
 def _cluster_sizes(facts: Facts) -> str:
@@ -265,10 +239,10 @@ def _cluster_sizes(facts: Facts) -> str:
     if m == 1:
         return f"<p>One cluster holds all {_amount(facts.images, 'image')}.</p>"
     return f"""<p>The {m:,} clusters hold {facts.smallest_cluster:,} to {facts.largest_cluster:,} images;
-half hold {_number(h.median_picks)} or more. Half of all images are in clusters of
-{_number(h.median_everything)} or more. Every cluster gives one pick, so images of small clusters are picked
+half hold {number(h.median_picks)} or more. Half of all images are in clusters of
+{number(h.median_everything)} or more. Every cluster gives one pick, so images of small clusters are picked
 more often than those of large ones.</p>
-{_histogram(h, label, log=log)}"""
+{histogram(h, label, log=log)}"""
 
 
 def _rejected(rejected: Rejected) -> str:
@@ -427,174 +401,15 @@ def _shown(picture: Picture, name: str) -> str:
     )
 
 
-# Charts: drawn 440 units wide, so that on a phone a unit is nearly a pixel and text stays readable
-
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 46, 12, 30, 42
-
-
-def _dots(s: Scatter, picks: Picks, pictures: dict[int, Picture], rows: int) -> str:
-    everything = np.concatenate([s.rows[:rows], s.picks])
-    low, high = everything.min(axis=0), everything.max(axis=0)
-    extent = np.maximum(high - low, 1e-9)
-    inner = WIDTH - 20
-    scale = inner / max(extent[0], extent[1] / 1.1)
-    height = float(np.clip(extent[1] * scale, 120, inner * 1.1)) + 20
-
-    def place(points: np.ndarray) -> np.ndarray:
-        middle = (low + high) / 2
-        return np.round((points - middle) * scale * [1, -1] + [WIDTH / 2, height / 2], 1)
-
-    # One path of dots: a third of the bytes of circles, and one element to draw.
-    dots = "".join(f"M{x:g} {y:g}h0" for x, y in place(s.rows[:rows]))
-    radius = 4 if len(s.picks) <= 200 else 3 if len(s.picks) <= 800 else 2
-    marks = []
-    for (x, y), pick in zip(place(s.picks), s.which.tolist(), strict=True):
-        label = f"{_text(_basename(picks.uris[pick]), NAME)}, cluster {picks.cluster_ids[pick]}"
-        mark = f'<circle cx="{x:g}" cy="{y:g}" r="{radius}"><title>{label}</title></circle>'
-        linked = pick in pictures
-        marks.append(f'<a href="#image-{picks.image_ids[pick]}">{mark}</a>' if linked else mark)
-    return f"""<figure class="chart map">
-<svg viewBox="0 0 {WIDTH} {height:.0f}" aria-label="Map of the images and the picks">
-<path class="dots" d="{dots}"/>
-<g class="marks">{"".join(marks)}</g></svg>
-<figcaption>{_legend("images", "picks")}</figcaption></figure>"""
-
-
-def _histogram(h: Histogram, label: str, *, log: bool) -> str:
-    height = 250
-    base = height - BOTTOM
-    x = _axis(h.edges[0], h.edges[-1], log)
-    top = max(h.everything.max(), h.picks.max())
-    ticks = [tick for tick in _ticks(0, top * 100, 4) if tick <= top * 100 * 1.001]
-
-    def y(share: float) -> float:
-        return base - (base - TOP) * share / top
-
-    bars = "".join(
-        f'<rect x="{x(low) + 0.5:.1f}" y="{y(share):.1f}" width="{max(x(high) - x(low) - 1, 0.5):.1f}" '
-        f'height="{base - y(share):.1f}"><title>{_number(low)} to {_number(high)}: {_percent(share)} of '
-        f"the images, {_percent(picked)} of the picks</title></rect>"
-        for low, high, share, picked in zip(h.edges, h.edges[1:], h.everything, h.picks, strict=False)
-    )
-    steps = "".join(
-        f"V{y(share):.1f}H{x(edge):.1f}" for edge, share in zip(h.edges[1:], h.picks, strict=True)
-    )
-    return _chart(
-        height,
-        x,
-        _log_ticks(h.edges[0], h.edges[-1]) if log else _ticks(h.edges[0], h.edges[-1], 6),
-        label,
-        [(y(tick / 100), f"{tick:g}%") for tick in ticks],
-        f'<g class="bars">{bars}</g><path class="line" d="M{x(h.edges[0]):.1f} {base}{steps}V{base}"/>',
-        _legend("share of all images", "share of the picks", line=True),
-    )
-
-
-def _curves(c: Coverage) -> str:
-    height = 280
-    base = height - BOTTOM
-    x = _axis(0, float(c.radii[-1]), False)
-
-    def points(shares: np.ndarray) -> list[str]:
-        return [f"{x(r):.1f} {base - (base - TOP) * s:.1f}" for r, s in zip(c.radii, shares, strict=True)]
-
-    low, high, mean = (f(c.near_drawn, axis=0) for f in (np.min, np.max, np.mean))
-    drawing = (
-        f'<path class="band" d="M{"L".join(points(low) + points(high)[::-1])}Z"/>'
-        f'<path class="random" d="M{"L".join(points(mean))}"/>'
-        f'<path class="line" d="M{"L".join(points(c.near_pick))}"/>'
-    )
-    return _chart(
-        height,
-        x,
-        _ticks(0, float(c.radii[-1]), 6),
-        "distance to the nearest (0 to 2)",
-        [(base - (base - TOP) * share / 100, f"{share}%") for share in (0, 25, 50, 75, 100)],
-        drawing,
-        '<span class="key random"></span>random draws: mean, lowest and highest '
-        '<span class="key line"></span>picks',
-    )
-
-
-def _chart(
-    height: int,
-    x: Callable[[float], float],
-    x_ticks: list[float],
-    label: str,
-    y_ticks: list[tuple[float, str]],
-    drawing: str,
-    legend: str,
-) -> str:
-    base = height - BOTTOM
-    grid = "".join(
-        f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/><text x="{LEFT - 6}" y="{y + 4:.1f}" '
-        f'class="end">{text}</text>'
-        for y, text in y_ticks
-    ) + "".join(
-        f'<path class="tick" d="M{x(tick):.1f} {base}v4"/><text x="{x(tick):.1f}" y="{base + 17}" '
-        f'class="mid">{_number(tick)}</text>'
-        for tick in x_ticks
-    )
-    return f"""<figure class="chart"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">
-{grid}{drawing}<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}" class="mid">{label}</text></svg>
-<figcaption>{legend}</figcaption></figure>"""
-
-
-def _legend(everything: str, picks: str, *, line: bool = False) -> str:
-    return (
-        f'<span class="key {"bar" if line else "dot"}"></span>{everything} '
-        f'<span class="key {"line" if line else "mark"}"></span>{picks}'
-    )
-
-
-def _axis(low: float, high: float, log: bool) -> Callable[[float], float]:
-    turn = math.log if log else float
-    start, width = turn(low), (turn(high) - turn(low)) or 1.0
-    return lambda value: LEFT + (WIDTH - LEFT - RIGHT) * (turn(value) - start) / width
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from low to high, about `count` of them."""
-    raw = max(high - low, 1e-12) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1,)):
-        ticks = [factor * 10.0**power for power in powers for factor in factors]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 7:
-            break
-    ticks = ticks[:: -(-len(ticks) // 7) or 1]
-    return ticks if len(ticks) >= 3 else _ticks(low, high, 5)
-
-
 # Numbers and names
-
-
-def _number(value: float) -> str:
-    """Three significant digits, thousands in groups."""
-    value = float(value)
-    if not math.isfinite(value) or 1e-3 <= abs(value) < 1000 or value == 0:
-        return f"{value:.3g}" if abs(value) < 999.5 or not math.isfinite(value) else "1,000"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.2e}"
 
 
 def _distance(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _exact(value: float, shown: Callable[[float], str] = _number) -> str:
+def _exact(value: float, shown: Callable[[float], str] = number) -> str:
     return f'<data value="{float(value)!r}">{shown(value)}</data>'
-
-
-def _percent(share: float) -> str:
-    percent = 100 * float(share)
-    return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.2g}%"
 
 
 def _amount(count: int, what: str) -> str:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from selective_ray import images, page
+from selective_ray import charts, images, page
 from selective_ray.distances import blocks, sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.schema import sq_dist_column
@@ -133,7 +133,7 @@ def _smaller(picture: page.Picture, pixels: int) -> page.Picture:
 
 def _count(
     run: Run, stages: dict[str, Manifest]
-) -> tuple[page.Picks, np.ndarray, page.Histogram, np.ndarray]:
+) -> tuple[page.Picks, np.ndarray, charts.Histogram, np.ndarray]:
     """Read density and clusters once.
 
     Returns the picks, the sizes of the clusters int64 [m], the densities of all and of the picks, and where
@@ -188,7 +188,7 @@ def _log_counts(densities: np.ndarray) -> np.ndarray:
     return np.histogram(np.log10(densities.clip(10**low, 10**high)).clip(low, high), LOG_DENSITIES)[0]
 
 
-def _density_histogram(everything: np.ndarray, picks: np.ndarray) -> page.Histogram:
+def _density_histogram(everything: np.ndarray, picks: np.ndarray) -> charts.Histogram:
     """Merge the fine bins into at most BARS; a thousandth of the rows at either end joins the outermost."""
     share = np.cumsum(everything) / everything.sum()
     first, last = int(np.searchsorted(share, 0.001)), int(np.searchsorted(share, 0.999))
@@ -196,7 +196,7 @@ def _density_histogram(everything: np.ndarray, picks: np.ndarray) -> page.Histog
     bars = -(-(last + 1 - first) // width)
     edges = LOG_DENSITIES[(first + width * np.arange(bars + 1)).clip(max=len(LOG_DENSITIES) - 1)]
     bar = ((np.arange(len(everything)) - first) // width).clip(0, bars - 1)
-    return page.Histogram(
+    return charts.Histogram(
         10**edges,
         np.bincount(bar, everything, bars) / everything.sum(),
         np.bincount(bar, picks, bars) / picks.sum(),
@@ -211,7 +211,7 @@ def _median_density(counts: np.ndarray) -> float:
     return float(10 ** ((LOG_DENSITIES[half] + LOG_DENSITIES[half + 1]) / 2))
 
 
-def _size_histogram(sizes: np.ndarray) -> page.Histogram:
+def _size_histogram(sizes: np.ndarray) -> charts.Histogram:
     """Count images, and clusters, by the size of their cluster, in bins of whole numbers."""
     low, high = int(sizes.min()), int(sizes.max())
     if high > 30 * low:
@@ -221,7 +221,7 @@ def _size_histogram(sizes: np.ndarray) -> page.Histogram:
         edges = np.arange(low, high + width + 1, width)
     ascending = np.sort(sizes)
     middle = int(np.searchsorted(np.cumsum(ascending), sizes.sum() / 2))
-    return page.Histogram(
+    return charts.Histogram(
         edges.astype(np.float64),
         np.histogram(sizes, edges, weights=sizes)[0] / sizes.sum(),
         np.histogram(sizes, edges)[0] / len(sizes),
@@ -235,7 +235,7 @@ def _size_histogram(sizes: np.ndarray) -> page.Histogram:
 
 def _sample(
     run: Run, manifest: Manifest, image_ids: np.ndarray, places: np.ndarray, seed: int
-) -> tuple[page.Coverage, page.Scatter]:
+) -> tuple[charts.Coverage, charts.Scatter]:
     """Draw rows, and as often as RANDOM_DRAWS as many rows as there are picks, and read all in one pass.
 
     Rows and draws are independent, as rows and picks are: a row that is itself drawn is at distance 0.
@@ -255,7 +255,7 @@ def _sample(
     near_pick = np.sort(nearest(x, picked))
     near_drawn = [np.sort(nearest(x, other)) for other in drawn]
     radii = np.linspace(0, max(near_pick[-1], *(dists[-1] for dists in near_drawn)) or 1, RADII)
-    coverage = page.Coverage(
+    coverage = charts.Coverage(
         radii,
         _within(near_pick, radii),
         np.array([_within(dists, radii) for dists in near_drawn]),
@@ -267,7 +267,7 @@ def _sample(
     )
     some = rng.permutation(len(x))[:MAP_ROWS]
     center, axes, variance = principal_axes(x[some])
-    return coverage, page.Scatter(
+    return coverage, charts.Scatter(
         (x[some] - center) @ axes,
         (picked[:MAP_PICKS] - center) @ axes,
         compared[:MAP_PICKS],
@@ -321,7 +321,7 @@ def _within(ascending: np.ndarray, radii: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(ascending: np.ndarray) -> np.ndarray:
-    return np.quantile(ascending, page.COVERAGE_SHARES, method="inverted_cdf")
+    return np.quantile(ascending, charts.COVERAGE_SHARES, method="inverted_cdf")
 
 
 def principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

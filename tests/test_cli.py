@@ -191,7 +191,7 @@ def test_unusable_embeddings_are_refused_and_mended_ones_taken(tmp_path, run, x,
     path = tmp_path / "x.npy"
     np.save(path, x)
     before = path.read_bytes()
-    words = ("select", "--embeddings", path, "--run", run, "--budget", 100)
+    words = ("select", "--embeddings", path, "--run", run, "--budget", 5)
     assert re.search(expected, refused(1, *words))
     assert path.read_bytes() == before
     # Mended, the same command gets further: to the next mistake.
@@ -307,7 +307,7 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_touched(given, finished):
         (["--budget", "5", "--seed", "4"], "seed is 3 there and 4 here"),
         (["--budget", "6", "--seed", "3"], "budget is 5 there and 6 here"),
         (["--budget", "5", "--seed", "3", "--set", "density.k=7"], "density.k is 20 there and 7 here"),
-        (["--budget", "5", "--seed", "3", "--set", "selection.weight=2"], "weight is 0.5 there and 2.0 here"),
+        (["--budget", "5", "--seed", "3", "--set", "selection.weight=3"], "weight is 2.0 there and 3.0 here"),
         (["--budget", "5", "--seed", "3", "--set", "embed.dtype=float16"], "float32 there and float16 here"),
     ],
 )

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from selective_ray import in_memory, page, report
+from selective_ray import charts, in_memory, page, report
 from selective_ray.density import log_density
 from selective_ray.errors import UserError
 from selective_ray.schema import (
@@ -405,7 +405,7 @@ def test_nearest_is_exact():
 )
 def test_headline_is_honest(ours, drawn, verdict, words):
     assert page.verdict_of(ours, np.array(drawn)) == verdict
-    coverage = page.Coverage(
+    coverage = charts.Coverage(
         np.zeros(2),
         np.zeros(2),
         np.zeros((2, 2)),
@@ -632,13 +632,13 @@ def test_long_configuration_is_cut(small, tmp_path, monkeypatch):
     ],
 )
 def test_numbers(value, words):
-    assert page._number(value) == words
+    assert charts.number(value) == words
 
 
 @pytest.mark.parametrize("low", [1e-9, 0.003, 1, 7.3, 950])
 @pytest.mark.parametrize("ratio", [1.001, 1.4, 3, 50, 1e4, 1e12])
 def test_ticks_lie_on_the_axis(low, ratio):
-    for ticks in (page._log_ticks(low, low * ratio), page._ticks(low, low * min(ratio, 1e4), 5)):
+    for ticks in (charts._log_ticks(low, low * ratio), charts._ticks(low, low * min(ratio, 1e4), 5)):
         assert 2 <= len(ticks) <= 8
         assert all(low * (1 - 1e-6) <= tick <= low * ratio * (1 + 1e-6) for tick in ticks)
 
