@@ -3,9 +3,9 @@
     python benchmarks/embed.py FOLDER --checkpoint squeezenet1_1.pth --size 96 --images 20000
 
 The loop decodes, encodes and writes in one process, with all threads for the network, as one would write it
-by hand. The stage does the same through Ray Data, assembles shards, and counts. Both use the first images
-of the folder, in one run after each other, twice. Rates leave start-up out: for the loop the imports and the
-network, for the stage everything before its first batch, which is reported.
+by hand. The stage does the same through Ray Data, assembles shards, and counts. Both take the same images,
+in turn in one run. Rates leave start-up out: for the loop the imports and the network; for the stage what two
+batches take in all, from the import to the manifest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import multiprocessing
 import shutil
 import tempfile
 import time
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ import numpy as np
 ENCODER = "squeezenet1_1"
 
 
-def plain_loop(uris: list[str], checkpoint: str, size: int, batch: int, threads: int, out: str) -> None:
-    """Decode, encode and write in this process."""
+def plain_loop(
+    uris: list[str], checkpoint: str, size: int, batch: int, threads: int, out: str, results: Queue
+) -> None:
+    """Decode, encode and write in this process; the seconds of that, and of what comes before."""
     started = time.monotonic()
     import torch
 
@@ -39,32 +42,17 @@ def plain_loop(uris: list[str], checkpoint: str, size: int, batch: int, threads:
         pixels, _ = images.read_batch(uris[start : start + batch], size=size, crop=crop)
         embeddings[start : start + batch] = encoder.encode(pixels)
     np.save(out, embeddings)
-    done = time.monotonic()
-    print(
-        f"plain loop, {threads} threads: {len(uris) / (done - ready):.0f} images/s, "
-        f"start-up {ready - started:.1f} s",
-        flush=True,
-    )
+    results.put((time.monotonic() - ready, ready - started))
 
 
-def stage(folder: Path, checkpoint: str, size: int, batch: int, run: Path) -> None:
-    """Embed through the pipeline, timing its first and last batch."""
+def stage(folder: Path, checkpoint: str, size: int, batch: int, run: Path, results: Queue) -> None:
+    """Embed through the pipeline, from the import to the manifest."""
     started = time.monotonic()
     from selective_ray import config
-    from selective_ray.actors import embeddings, pipeline
+    from selective_ray.actors import pipeline
     from selective_ray.progress import Reporter
     from selective_ray.store import Run
 
-    moments: list[tuple[float, int]] = []
-    events = embeddings._WaveRun.events
-
-    def watched(self, stall_seconds):
-        for kind, value in events(self, stall_seconds):
-            if kind == "batch":
-                moments.append((time.monotonic(), value))
-            yield kind, value
-
-    embeddings._WaveRun.events = watched
     options = {
         "embed.encoder": ENCODER,
         "embed.checkpoint": checkpoint,
@@ -76,17 +64,8 @@ def stage(folder: Path, checkpoint: str, size: int, batch: int, run: Path) -> No
     pipeline.advance(
         where, pipeline.Source(images=str(folder)), settings, asked, Reporter(), upto="embeddings"
     )
-    done = time.monotonic()
     manifest = where.manifest("embeddings")
-    # From the first batch that came out to the manifest; the images of that batch are not counted.
-    first, early = moments[0]
-    rate = (manifest.rows - early) / (done - first)
-    print(
-        f"embed stage: {rate:.0f} images/s, start-up {first - started:.1f} s, "
-        f"peak memory driver {manifest.peak_memory_bytes['driver'] / 2**20:.0f} MiB, "
-        f"largest worker {manifest.peak_memory_bytes['largest_worker'] / 2**20:.0f} MiB",
-        flush=True,
-    )
+    results.put((time.monotonic() - started, manifest.rows, manifest.peak_memory_bytes))
 
 
 def main() -> None:
@@ -105,22 +84,39 @@ def main() -> None:
 
     uris = list_images(str(options.folder))["uri"].to_pylist()
     uris = [uris[i] for i in np.linspace(0, len(uris) - 1, options.images).astype(int)]
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+
+    def timed(target, *arguments):
+        process = spawn.Process(target=target, args=(*arguments, results))
+        process.start()
+        answer = results.get()
+        process.join()
+        return answer
+
     with tempfile.TemporaryDirectory() as scratch:
-        some = Path(scratch) / "images"
-        some.mkdir()
+        many, few = Path(scratch) / "many", Path(scratch) / "few"
+        many.mkdir()
+        few.mkdir()
         for i, uri in enumerate(uris):
-            shutil.copyfile(uri, some / f"{i:06d}{Path(uri).suffix}")
-        uris = list_images(str(some))["uri"].to_pylist()
-        spawn = multiprocessing.get_context("spawn")
+            shutil.copyfile(uri, many / f"{i:06d}{Path(uri).suffix}")
+            if i < 2 * options.batch:
+                shutil.copyfile(uri, few / f"{i:06d}{Path(uri).suffix}")
+        uris = list_images(str(many))["uri"].to_pylist()
+        common = (checkpoint, options.size, options.batch)
+        threads = multiprocessing.cpu_count()
         for repeat in range(options.repeats):
-            common = (checkpoint, options.size, options.batch)
-            for target, arguments in (
-                (plain_loop, (uris, *common, multiprocessing.cpu_count(), str(Path(scratch) / "x.npy"))),
-                (stage, (some, *common, Path(scratch) / f"run{repeat}")),
-            ):
-                process = spawn.Process(target=target, args=arguments)
-                process.start()
-                process.join()
+            plain, imports = timed(plain_loop, uris, *common, threads, str(Path(scratch) / "x.npy"))
+            start_up, rows, _ = timed(stage, few, *common, Path(scratch) / f"few{repeat}")
+            total, n, memory = timed(stage, many, *common, Path(scratch) / f"many{repeat}")
+            loop, ours = len(uris) / plain, (n - rows) / (total - start_up)
+            print(
+                f"plain loop, {threads} threads: {loop:.0f} images/s, start-up {imports:.1f} s\n"
+                f"embed stage: {ours:.0f} images/s, start-up {start_up:.1f} s, peak memory in MiB: driver "
+                f"{memory['driver'] / 2**20:.0f}, largest worker {memory['largest_worker'] / 2**20:.0f}\n"
+                f"ratio {ours / loop:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

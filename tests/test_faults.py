@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,13 +109,13 @@ def test_driver_killed_in_density_clusters_and_selection(vectors, expected_of_ve
 
 @pytest.fixture(scope="module")
 def many_pictures(tmp_path_factory):
-    return pictures(tmp_path_factory.mktemp("many") / "images", 400)
+    return pictures(tmp_path_factory.mktemp("many") / "images", 200)
 
 
 EMBED = {
     "embed.encoder": "pca",
     "embed.image_size": 8,
-    "embed.batch": 4,
+    "embed.batch": 20,
     "density.k": 5,
     "resources.shard_rows": 20,
 }
@@ -168,12 +169,15 @@ def poisonous(poison: str, deed: str):
 def check_poison(deed, folder, quiet, tmp_path, **options):
     source = pipeline.Source(images=str(folder))
     read = poisonous("123.png", deed)
+    # The components of the quiet run: a sample without the poison would give others.
+    (tmp_path / "run" / "embeddings").mkdir(parents=True)
+    shutil.copy(Path(quiet.root) / "embeddings" / "pca.npz", tmp_path / "run" / "embeddings")
     run = advance(tmp_path / "run", source=source, upto="embeddings", read=read, **EMBED, **options)
-    assert run.manifest("embeddings").rows == 399
+    assert run.manifest("embeddings").rows == 199
     rejected = run.read_shard("rejected", 6).to_pylist()
     assert [(row["image_id"], Path(row["uri"]).name) for row in rejected] == [(123, "123.png")]
     assert "3 times" in rejected[0]["reason"]
-    for shard in range(20):
+    for shard in range(10):
         ids, x = run.read_embeddings(shard)
         kept = ids != 123
         assert np.array_equal(
@@ -194,6 +198,20 @@ def test_image_that_makes_its_reader_raise_is_rejected(quiet, many_pictures, tmp
 @pytest.mark.faults
 def test_image_that_hangs_its_reader_is_rejected(quiet, many_pictures, tmp_path):
     check_poison("hang", many_pictures, quiet, tmp_path, **{"resources.stall_seconds": 12.0})
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("deed", ["kill", "hang"])
+def test_image_that_ends_its_reader_is_left_out_of_the_sample_of_pca(deed, two_cpus, many_pictures, tmp_path):
+    run = advance(
+        tmp_path / "run",
+        source=pipeline.Source(images=str(many_pictures)),
+        upto="embeddings",
+        read=poisonous("123.png", deed),
+        **EMBED,
+        **{"resources.stall_seconds": 12.0},
+    )
+    assert run.manifest("embeddings").rows == 199
 
 
 @pytest.mark.faults

@@ -68,7 +68,7 @@ def undisturbed(two_cpus, folder, tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize(("shard_rows", "workers"), [(30, 2), (9, 2), (9, 1)])
+@pytest.mark.parametrize(("shard_rows", "workers"), [(30, 2), (9, 1)])
 def test_same_embeddings_and_picks_for_any_shards_and_workers(
     shard_rows, workers, undisturbed, folder, tmp_path
 ):

@@ -10,6 +10,7 @@ from selective_ray.actors import density, embeddings, kmeans, selection
 from selective_ray.actors.images import bring_file, list_folder, refer_to_run
 from selective_ray.actors.session import Session
 from selective_ray.actors.shards import Pool
+from selective_ray.actors.wave import Read
 from selective_ray.config import Config
 from selective_ray.errors import UserError
 from selective_ray.lease import Lease
@@ -34,7 +35,7 @@ def advance(
     *,
     upto: str,
     address: str | None = None,
-    read: embeddings.Read = images.read,
+    read: Read = images.read,
 ) -> None:
     """Bring a run up to a table (embeddings, density, clusters or selection), doing only what is missing.
 
