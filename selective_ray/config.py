@@ -108,6 +108,8 @@ class Resources(Section):
     shard_rows: int | None = Field(None, ge=1)
     # A wave of shards without progress for so long is ended and begun again.
     stall_seconds: float = Field(300.0, gt=0)
+    # The same for its first images, while machines and processes start and load the encoder.
+    start_seconds: float = Field(900.0, gt=0)
 
 
 class Config(Section):

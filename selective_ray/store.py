@@ -193,7 +193,7 @@ class Run:
         pq.write_table(content, buffer, compression=compression)
         data = buffer.getvalue()
         name = shard_name(index)
-        if self.exists(table, name) and (there := self.recorded_shard(table, index)):
+        if there := self.recorded_shard(table, index):
             return there
         self.write_bytes(data, table, name)
         return Shard(name, len(content), hashlib.sha256(data).hexdigest(), device)
@@ -230,7 +230,9 @@ class Run:
             self.fs.delete_file(self.path(table, shard_name(index)))
 
     def recorded_shard(self, table: str, index: int) -> Shard | None:
-        """Describe a shard that an earlier attempt left, by reading it; None where it is damaged."""
+        """Describe a shard that an earlier attempt left, by reading it; None where missing or damaged."""
+        if not self.exists(table, shard_name(index)):
+            return None
         data = self.read_bytes(table, shard_name(index))
         try:
             file = pq.ParquetFile(io.BytesIO(data))

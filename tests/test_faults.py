@@ -197,7 +197,7 @@ def test_image_that_makes_its_reader_raise_is_rejected(quiet, many_pictures, tmp
 
 @pytest.mark.faults
 def test_image_that_hangs_its_reader_is_rejected(quiet, many_pictures, tmp_path):
-    check_poison("hang", many_pictures, quiet, tmp_path, **{"resources.stall_seconds": 12.0})
+    check_poison("hang", many_pictures, quiet, tmp_path, **{"resources.stall_seconds": 4.0})
 
 
 @pytest.mark.faults
@@ -209,7 +209,7 @@ def test_image_that_ends_its_reader_is_left_out_of_the_sample_of_pca(deed, two_c
         upto="embeddings",
         read=poisonous("123.png", deed),
         **EMBED,
-        **{"resources.stall_seconds": 12.0},
+        **{"resources.stall_seconds": 4.0, "resources.start_seconds": 30.0},
     )
     assert run.manifest("embeddings").rows == 199
 
@@ -223,7 +223,7 @@ def test_no_progress_at_all_ends_with_a_sentence(two_cpus, many_pictures, tmp_pa
             source=source,
             read=poisonous("", "hang"),
             **EMBED | {"embed.encoder": "resnet18", "embed.checkpoint": _checkpoint(tmp_path)},
-            **{"resources.stall_seconds": 1.0},
+            **{"resources.start_seconds": 1.0},
         )
 
 

@@ -29,7 +29,7 @@ from selective_ray.store import Manifest, Run, Shard, Stopwatch
 # Batches that one decode task makes: enough to outweigh a task's overhead, few enough to redo.
 BATCHES_PER_TASK = 8
 # Shards of one wave: bounds what a wave has in memory and what a restart of it repeats.
-SHARDS_PER_WAVE = 256
+SHARDS_PER_WAVE = 64
 # Waves in a row without a single batch, after which the run gives up.
 FRUITLESS_WAVES = 3
 PCA_FILE = "pca.npz"
@@ -37,7 +37,7 @@ PCA_SAMPLE = 4096
 
 
 def _fitted_pca(
-    run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read, stall_seconds: float
+    run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read, patience: float
 ) -> dict[str, np.ndarray]:
     """Return the components of `pca`: those kept beside the embeddings, else fitted to a seeded sample.
 
@@ -61,7 +61,7 @@ def _fitted_pca(
         parts = []
         pending = list(calls)
         while pending:
-            ready, pending = ray.wait(pending, timeout=stall_seconds)
+            ready, pending = ray.wait(pending, timeout=patience)
             for call in ready:
                 shard, places = calls[call]
                 try:
@@ -180,8 +180,8 @@ def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], read: Read)
     spec = EncoderSpec(embed.encoder, checkpoint, pixels.size)
     if embed.encoder != encoders.PCA:
         return spec
-    stall_seconds = config.resources.stall_seconds
-    return replace(spec, pca=_fitted_pca(run, pixels, rows, config.seed, read, stall_seconds))
+    patience = config.resources.start_seconds
+    return replace(spec, pca=_fitted_pca(run, pixels, rows, config.seed, read, patience))
 
 
 def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
@@ -207,6 +207,7 @@ def _waves(
     """Run waves until every shard is written; yields each as it is."""
     step = BATCHES_PER_TASK * pixels.batch
     ranges = {shard: Range(shard, 0, n).cut(step) for shard, n in todo.items()}
+    placement = place(config.resources)
     fruitless = 0
     while ranges:
         some = list(ranges)[:SHARDS_PER_WAVE]
@@ -217,41 +218,41 @@ def _waves(
             pixels,
             spec,
             config.embed.dtype,
-            place(config.resources),
+            placement,
             read,
         )
         unfinished = 0
-        for kind, value in wave.events(config.resources.stall_seconds):
+        for kind, value in wave.events(config.resources.start_seconds, config.resources.stall_seconds):
             if kind == "batch":
-                bar.advance(value)
-                unfinished += value
+                bar.advance(len(value))
+                unfinished += len(value)
             else:
-                shard = value[0].index
-                del ranges[shard]
-                unfinished -= todo[shard]
+                del ranges[value[0].index]
+                unfinished -= todo[value[0].index]
                 yield value
         bar.advance(-unfinished)
-        fruitless = 0 if wave.progressed else fruitless + 1
-        for failed in wave.left:
-            if failed.shard not in ranges:
-                continue
-            # Ray has tried a dropped range as often as it may; a wave that was ended tried it once.
-            failures = failed.failures + (ATTEMPTS if wave.ended_by_itself else 1)
-            ranges[failed.shard].remove(failed)
-            if failures < ATTEMPTS:
-                ranges[failed.shard].append(replace(failed, failures=failures))
-                continue
-            fruitless = 0
-            if len(failed) > 1:
-                ranges[failed.shard] += failed.split(pixels.batch)
-            else:
-                reason = f"reading or encoding it failed {ATTEMPTS} times or ended its process"
-                ranges[failed.shard].append(replace(failed, failures=0, reason=reason))
+        for failed in wave.failed(placement.at_once):
+            same = [r for r in ranges[failed.shard] if (r.start, r.stop) != (failed.start, failed.stop)]
+            ranges[failed.shard] = sorted(same + _next_try(failed, pixels.batch), key=lambda r: r.start)
+        fruitless = 0 if wave.done or wave.ended_by_itself else fruitless + 1
         if fruitless >= FRUITLESS_WAVES:
             raise UserError(
                 f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
                 "see the logs of Ray, or give it more memory or fewer --set resources.workers"
             )
+
+
+def _next_try(failed: Range, batch: int) -> list[Range]:
+    """Return how to try a range again: as it is, then in pieces, and a single image at last not at all."""
+    if failed.failures < ATTEMPTS:
+        return [failed]
+    if len(failed) > 1:
+        return failed.split(batch)
+    return [
+        replace(
+            failed, failures=0, reason=f"reading or encoding it failed {ATTEMPTS} times or ended its process"
+        )
+    ]
 
 
 def _finish(

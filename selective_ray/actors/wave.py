@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,11 @@ class Placement:
     gpus: float
     device: str
 
+    @property
+    def at_once(self) -> int:
+        """Ranges that can be decoded at the same time."""
+        return max(1, int((cpus() - self.encoders * self.encode_cpus) / self.decode_cpus))
+
 
 def place(resources: Resources) -> Placement:
     """Choose encoders and their share of the cluster.
@@ -227,7 +232,7 @@ class Wave:
         placement: Placement,
         read: Read,
     ) -> Iterator[tuple[str, Any]]:
-        """Yield ("batch", images), ("shard", (embeddings, rejected, memory)), and last ("left", ranges)."""
+        """Yield ("batch", Range), ("shard", (Shard, Shard of rejected, memory)), at last ("end", None)."""
         opened = {shard: _Open(n) for shard, n in rows.items()}
         memory = 0
         for block in self._batches(run, ranges, pixels, spec, placement, read):
@@ -239,13 +244,11 @@ class Wave:
                 open_shard.add(int(block["start"][i]), block["slots"][i], block["embedding"][i], reasons)
                 open_shard.device = str(block["device"][i])
                 memory = max(memory, int(block["memory"][i]), peak_memory())
-                yield "batch", int(np.count_nonzero(block["slots"][i]))
+                slots = np.flatnonzero(block["slots"][i]) + int(block["start"][i])
+                yield "batch", Range(shard, int(slots[0]), int(slots[-1]) + 1)
                 if open_shard.done.all():
                     yield "shard", (*_write(run, shard, opened.pop(shard), dtype), memory)
-        yield (
-            "left",
-            [r for r in ranges if r.shard in opened and not opened[r.shard].done[r.start : r.stop].all()],
-        )
+        yield "end", None
 
     @staticmethod
     def _batches(
@@ -299,36 +302,59 @@ def _write(run: Run, shard: int, content: _Open, dtype: str) -> tuple[Shard, Sha
 
 
 class WatchedWave:
-    """One wave as the driver sees it: its events, then what is left and how it ended."""
+    """One wave as the driver sees it: its events, then which ranges failed and how it ended."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.left: list[Range] = list(arguments[1])
-        self.progressed = False
+    def __init__(self, run: Run, ranges: list[Range], *arguments: Any) -> None:
+        self.arguments = (run, ranges, *arguments)
+        self.ranges = ranges
+        self.done: dict[int, dict[int, int]] = {}
         self.ended_by_itself = False
         self.ending = ""
 
-    def events(self, stall_seconds: float) -> Iterator[tuple[str, Any]]:
-        """Yield "batch" and "shard" events; ends the wave where none comes for stall_seconds."""
+    def events(self, start_seconds: float, stall_seconds: float) -> Iterator[tuple[str, Any]]:
+        """Yield "batch" and "shard" events; ends the wave where none comes for stall_seconds.
+
+        The first may take start_seconds, in which processes start and load the encoder.
+        """
         wave = Wave.options(max_restarts=0).remote()
         events = wave.run.options(num_returns="streaming").remote(*self.arguments)
         try:
             while True:
-                if not ray.wait([events], timeout=stall_seconds)[0]:
-                    self.ending = f"no image for {stall_seconds:g} seconds"
+                patience = stall_seconds if self.done else start_seconds
+                if not ray.wait([events], timeout=patience)[0]:
+                    self.ending = f"no image for {patience:g} seconds"
                     return
                 with unwrapped():
                     kind, value = ray.get(next(events))
-                if kind == "left":
-                    self.left, self.ended_by_itself = value, True
-                    self.ending = f"{len(value)} ranges of images failed"
+                if kind == "end":
+                    self.ended_by_itself = True
+                    self.ending = "the end of its images"
                     return
-                self.progressed |= kind == "shard"
+                if kind == "batch":
+                    self.done.setdefault(value.shard, {})[value.start] = value.stop
                 yield kind, value
         except StopIteration:
-            self.ending = "the end of its events"
+            self.ending = "an early end of its events"
         except ray.exceptions.RayError as error:
             self.ending = str(error).strip().splitlines()[-1]
         finally:
             # Its encoders belong to it and end with it.
             ray.kill(wave)
+
+    def failed(self, at_once: int) -> list[Range]:
+        """Return the ranges to blame, with this wave's failures counted.
+
+        A wave that ended by itself dropped what Ray had tried as often as it may. One that was ended leaves
+        the ranges it had not come to as well; decoding starts in order, so that only the first `at_once` of
+        those not done can have held it up, and they were tried once.
+        """
+        left = [r for r in self.ranges if not self._is_done(r)]
+        if self.ended_by_itself:
+            return [replace(r, failures=r.failures + ATTEMPTS) for r in left]
+        return [replace(r, failures=r.failures + 1) for r in left[:at_once]]
+
+    def _is_done(self, r: Range) -> bool:
+        done, position = self.done.get(r.shard, {}), r.start
+        while position < r.stop and position in done:
+            position = done[position]
+        return position >= r.stop
