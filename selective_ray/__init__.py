@@ -1,4 +1,4 @@
-"""Pick the images worth labeling out of a pile of unlabeled ones, and train on them.
+"""Pick the images worth labeling out of a pile of unlabeled ones.
 
     from selective_ray import select
     picks = select(embeddings, budget=40).rows

@@ -130,7 +130,7 @@ def _advance(
     """Run the stages up to a table and print what was done."""
     with _sentences(debug, as_json):
         started = time.monotonic()
-        if (images is None) == (embeddings is None):
+        if bool(images) == bool(embeddings):
             raise UsageError("give either --images DIR or --embeddings FILE|RUN")
         settings, asked = config.load(
             preset=preset,
@@ -169,7 +169,7 @@ def _print_summary(
     if as_json:
         print(json.dumps({**summary, "already_complete": complete, "warnings": reporter.warnings}))  # noqa: T201
         return
-    made = [table for table in summary["seconds"] if table not in complete]
+    made = [table for table in summary["made_here"] if table not in complete]
     if complete:
         print(f"already complete: {', '.join(complete)}")  # noqa: T201
     if not made:
@@ -261,7 +261,8 @@ def report(run: RunUri, debug: Debug = False) -> None:
         selection = where.manifest("selection")
         if selection is None:
             raise UserError(f"{run} has no finished selection; run `selective-ray select` on it first")
-        page.write(where, seed=0)
+        clusters = where.manifest("clusters")
+        page.write(where, seed=clusters.what["seed"] if clusters else 0)
         print(where.path("report", "index.html"))  # noqa: T201
 
 

@@ -31,6 +31,9 @@ def neighbors(
     found = Neighbors.none(len(queries), k)
     error = product_error(queries.shape[1]) if error is None else error
     for image_ids, x in base:
+        # A shard of which every image was rejected has no rows.
+        if not len(x):
+            continue
         found = found.merge(_nearest_in_block(queries, image_ids, x, found.sq_dists[:, -1], k, error))
     return found
 

@@ -192,7 +192,7 @@ def lloyd(
         elif np.array_equal(updated, centroids):
             return Clustering(centroids, centroids, history)
         fell = previous_inertia - now.inertia
-        converged = tolerance > 0 and fell <= tolerance * previous_inertia
+        converged = tolerance > 0 and len(history) > 1 and fell <= tolerance * previous_inertia
         done = converged or len(history) >= iterations
         if done and not empty:
             if not final_assignment:

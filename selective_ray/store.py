@@ -85,10 +85,13 @@ def code_version() -> dict[str, str | None]:
     here = Path(__file__).parent
     commit = None
     if (here.parent / ".git").exists():
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-        )
-        commit = answer.stdout.strip() or None
+        try:
+            words = ["git", "rev-parse", "HEAD"]
+            answer = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
+            commit = answer.stdout.strip() or None
+        except OSError:
+            # There is a checkout and no git.
+            commit = None
     return {"version": __version__, "commit": commit}
 
 
@@ -227,7 +230,11 @@ class Run:
         """Remove the shards of a table that is not finished."""
         assert not self.exists(table, MANIFEST)
         for index in self.finished_shards(table):
-            self.fs.delete_file(self.path(table, shard_name(index)))
+            self.remove_shard(table, index)
+
+    def remove_shard(self, table: str, index: int) -> None:
+        """Remove one shard of a table that is not finished."""
+        self.fs.delete_file(self.path(table, shard_name(index)))
 
     def recorded_shard(self, table: str, index: int) -> Shard | None:
         """Describe a shard that an earlier attempt left, by reading it; None where missing or damaged."""
@@ -306,7 +313,7 @@ class Run:
         """
         begun = self.read_json(table, BEGUN)
         what = {**begun["what"], **(found or {})}
-        shards = sorted(shards, key=lambda shard: shard.name)
+        shards = sorted(shards, key=lambda shard: shard.index)
         done = Manifest(
             stage=table,
             what=what,

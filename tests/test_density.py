@@ -53,6 +53,12 @@ def test_same_bits_for_any_blocks_order_and_error_bound(seed):
         assert np.array_equal(found.sq_dists, density.neighbors(x, in_blocks(x, 120), k).sq_dists)
 
 
+def test_blocks_without_rows_change_nothing(blobs):
+    empty = (np.arange(0), blobs[:0])
+    found = density.neighbors(blobs, [empty, *in_blocks(blobs, 100), empty], 5)
+    assert np.array_equal(found.sq_dists, density.neighbors(blobs, in_blocks(blobs, 300), 5).sq_dists)
+
+
 def test_exact_duplicates_are_dense_but_finite():
     x = np.concatenate(
         [np.tile(unit(np.ones((1, 4))), (30, 1)), unit(np.random.default_rng(0).normal(size=(30, 4)))]

@@ -197,7 +197,13 @@ def test_image_that_makes_its_reader_raise_is_rejected(quiet, many_pictures, tmp
 
 @pytest.mark.faults
 def test_image_that_hangs_its_reader_is_rejected(quiet, many_pictures, tmp_path):
-    check_poison("hang", many_pictures, quiet, tmp_path, **{"resources.stall_seconds": 4.0})
+    check_poison(
+        "hang",
+        many_pictures,
+        quiet,
+        tmp_path,
+        **{"resources.stall_seconds": 4.0, "resources.start_seconds": 60.0},
+    )
 
 
 @pytest.mark.faults

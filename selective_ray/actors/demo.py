@@ -79,7 +79,9 @@ def paint(folder: Path) -> np.ndarray:
             path = folder / f"{i:04d}.png"
             if not path.exists():
                 # 16 gray levels, of which 16 is white.
-                Image.fromarray(np.minimum(pixels * 16, 255).astype(np.uint8)).save(path)
+                temporary = path.with_suffix(".tmp")
+                Image.fromarray(np.minimum(pixels * 16, 255).astype(np.uint8)).save(temporary, "PNG")
+                temporary.replace(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --folder") from None
     return digits.target

@@ -1,8 +1,8 @@
 """The embed stage: waves of shards until every image is embedded, or rejected with a reason.
 
 Ray Data drops a range of images whose task died three times or raised; the next wave tries it in smaller
-pieces, down to the image at fault, which is rejected. A wave that makes no progress is ended and begun again
-with the shards that are left.
+pieces, down to the image at fault, which is rejected. A wave that makes no progress is ended, and another
+begun with the shards that are left, the ranges that may have held it up in smaller pieces.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def sample_pixels(
     run: Run, shard: int, places: np.ndarray, pixels: Pixels, read: Read
 ) -> tuple[np.ndarray, list[str]]:
     """Decode some images of a shard: those that can be, uint8 [s, h, w, 3], and why the others cannot."""
-    uris = uris_of(run, shard)
+    uris = uris_of(run.uri, shard)
     batch, rejected = images.read_batch(
         [uris[place] for place in places], size=pixels.size, crop=pixels.crop, read=read
     )
@@ -151,6 +151,7 @@ def embed(
     listed = run.manifest("images")
     assert listed is not None
     what = identity(config)
+    # The listing's content, not its place: a folder that was moved as it is makes the same embeddings.
     inputs = {"images": listed.what["content"]}
     run.begin("rejected", what, inputs)
     if done := run.begin("embeddings", what, inputs):
@@ -192,6 +193,9 @@ def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
         rejected = run.recorded_shard("rejected", shard) if embedded else None
         if embedded and rejected:
             found[shard] = (embedded, rejected)
+    # What was rejected in a shard that was then not written may be readable now.
+    for shard in set(run.finished_shards("rejected")) - set(found):
+        run.remove_shard("rejected", shard)
     return found
 
 
@@ -211,15 +215,9 @@ def _waves(
     fruitless = 0
     while ranges:
         some = list(ranges)[:SHARDS_PER_WAVE]
+        how = (pixels, spec, config.embed.dtype, placement, read)
         wave = WatchedWave(
-            run,
-            [r for shard in some for r in ranges[shard]],
-            {shard: todo[shard] for shard in some},
-            pixels,
-            spec,
-            config.embed.dtype,
-            placement,
-            read,
+            run, [r for shard in some for r in ranges[shard]], {shard: todo[shard] for shard in some}, *how
         )
         unfinished = 0
         for kind, value in wave.events(config.resources.start_seconds, config.resources.stall_seconds):
@@ -232,27 +230,33 @@ def _waves(
                 yield value
         bar.advance(-unfinished)
         for failed in wave.failed(placement.at_once):
-            same = [r for r in ranges[failed.shard] if (r.start, r.stop) != (failed.start, failed.stop)]
-            ranges[failed.shard] = sorted(same + _next_try(failed, pixels.batch), key=lambda r: r.start)
-        fruitless = 0 if wave.done or wave.ended_by_itself else fruitless + 1
+            if len(failed) == 1 and not wave.ended_by_itself:
+                # Its neighbors may have held it up: tried alone, it is innocent if it gets through.
+                alone = WatchedWave(run, [failed], {failed.shard: todo[failed.shard]}, *how)
+                if any(alone.events(config.resources.start_seconds, config.resources.stall_seconds)):
+                    continue
+            ranges[failed.shard].remove(failed)
+            ranges[failed.shard] += _next_try(failed, pixels.batch)
+            ranges[failed.shard].sort(key=lambda r: r.start)
+        fruitless = 0 if wave.done else fruitless + 1
         if fruitless >= FRUITLESS_WAVES:
             raise UserError(
                 f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
-                "see the logs of Ray, or give it more memory or fewer --set resources.workers"
+                "see the logs of Ray, or give it more memory, a smaller embed.batch, or fewer workers"
             )
 
 
 def _next_try(failed: Range, batch: int) -> list[Range]:
-    """Return how to try a range again: as it is, then in pieces, and a single image at last not at all."""
-    if failed.failures < ATTEMPTS:
-        return [failed]
+    """Return how to try a range again: in pieces, and a single image at last not at all."""
+    if failed.reason:
+        raise UserError(
+            "the encoder fails even where there is nothing to read; see the logs of Ray, or set a smaller "
+            "embed.batch"
+        )
     if len(failed) > 1:
         return failed.split(batch)
-    return [
-        replace(
-            failed, failures=0, reason=f"reading or encoding it failed {ATTEMPTS} times or ended its process"
-        )
-    ]
+    reason = f"reading or encoding it failed {ATTEMPTS} times or ended its process"
+    return [replace(failed, reason=reason)]
 
 
 def _finish(

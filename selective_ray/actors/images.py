@@ -29,7 +29,8 @@ def list_folder(run: Run, source: str, config: Config, reporter: Reporter) -> Ma
     """List the images of a folder into `images/`; a listing that is there is the truth of the run."""
     source = source if "://" in source else str(Path(source).absolute())
     if there := run.manifest("images"):
-        return run.begin("images", {"source": source, "content": there.what["content"]}, {}) or there
+        run.begin("images", {"source": source, "content": there.what["content"]}, {})
+        return there
     # Listed before it is begun: a mistyped folder must not claim the run.
     started = time.monotonic()
     with reporter.stage("list", 1, "folders") as bar:

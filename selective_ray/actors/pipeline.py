@@ -12,6 +12,7 @@ from selective_ray.actors.session import Session
 from selective_ray.actors.shards import Pool
 from selective_ray.actors.wave import Read
 from selective_ray.config import Config
+from selective_ray.density import possible_k
 from selective_ray.errors import UserError
 from selective_ray.lease import Lease
 from selective_ray.progress import Reporter
@@ -53,6 +54,9 @@ def advance(
             listed = list_folder(run, source.images or "", config, reporter)
             if upto in ("clusters", "selection"):
                 _check_budget(config, listed.rows, "images found")
+            if upto in ("density", "selection"):
+                settings = config.density
+                possible_k(settings.k, listed.rows, settings.include_self, "density.k" in asked)
             embeddings.embed(run, config, session, reporter, check=lease.check, read=read)
         if upto in ("clusters", "selection"):
             _check_budget(config, run.manifest("embeddings").rows, "embedded images")
@@ -112,6 +116,8 @@ def summarize(run: Run) -> dict[str, Any]:
     return {
         "run": run.uri,
         **counts,
+        # `rejected` is made together with `embeddings`.
+        "made_here": [table for table in found if table != "rejected" and not found[table].refers_to],
         "seconds": {table: manifest.seconds for table, manifest in found.items()},
         "report": run.path("report", "index.html") if run.exists("report", "index.html") else None,
     }

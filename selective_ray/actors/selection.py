@@ -58,6 +58,7 @@ def select(
         def watch(number: int) -> None:
             bar.advance(1)
             check()
+            stopwatch.note()
 
         picks = selection.rounds(
             nominate,

@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from selective_ray.errors import UserError
 from selective_ray.schema import REJECTED, embeddings_schema
 from selective_ray.store import Run, Shard
 
-# Attempts at a range of images before it is split, and at a single image before it is rejected.
+# Attempts at a range of images, or at a single one, before Ray Data drops it.
 ATTEMPTS = 3
 
 Read = Callable[[str], bytes]
@@ -36,12 +36,11 @@ Read = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class Range:
-    """Images [start, stop) of a shard, how often they failed, and why they are given up, if they are."""
+    """Images [start, stop) of a shard, and why they are given up, if they are."""
 
     shard: int
     start: int
     stop: int
-    failures: int = 0
     reason: str = ""
 
     def __len__(self) -> int:
@@ -52,7 +51,7 @@ class Range:
         return self.cut(batch if len(self) > batch else 1)
 
     def cut(self, step: int) -> list[Range]:
-        """Cut into ranges of `step` images that have not failed yet."""
+        """Cut into ranges of `step` images."""
         return [
             Range(self.shard, start, min(self.stop, start + step))
             for start in range(self.start, self.stop, step)
@@ -69,9 +68,9 @@ class Pixels:
 
 
 @functools.lru_cache(maxsize=2)
-def uris_of(run: Run, shard: int) -> list[str]:
-    """Return the uris of a shard of `images/`, kept for the next batches of the same shard."""
-    return run.read_shard("images", shard, ["uri"])["uri"].to_pylist()
+def uris_of(run_uri: str, shard: int) -> list[str]:
+    """Return the uris of a shard of `images/`, kept for the next ranges of the same shard."""
+    return Run(run_uri).read_shard("images", shard, ["uri"])["uri"].to_pylist()
 
 
 def decode_range(
@@ -84,7 +83,7 @@ def decode_range(
     """
     shard, start, stop = (int(row[name][0]) for name in ("shard", "start", "stop"))
     given_up = str(row["reason"][0])
-    uris = uris_of(run, shard)
+    uris = uris_of(run.uri, shard)
     for first in range(start - start % pixels.batch, stop, pixels.batch):
         here = range(max(start, first), min(stop, first + pixels.batch))
         batch = np.zeros((1, pixels.batch, pixels.size, pixels.size, 3), np.uint8)
@@ -210,7 +209,7 @@ def place(resources: Resources) -> Placement:
                 f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
             )
         encoders_ = resources.workers or max(1, int(gpus() / per_worker))
-        return Placement(encoders_, 0.1, 1.0, per_worker, "cuda")
+        return Placement(encoders_, 0.1, min(1.0, cpus() - 0.1 * encoders_), per_worker, "cuda")
     encoders_ = resources.workers or cpus()
     # At least one decoder must find room beside all encoders.
     share = min(0.5, cpus() / (encoders_ + 1))
@@ -257,7 +256,7 @@ class Wave:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        # A range whose task fails is dropped and comes back in `left`; nothing is lost silently.
+        # A range whose task fails is dropped and is missing from the batches that come out.
         context.max_errored_blocks = -1
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         plan = [
@@ -279,7 +278,8 @@ class Wave:
             num_gpus=placement.gpus,
             max_task_retries=ATTEMPTS - 1,
         )
-        yield from encoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+        # Prefetching would hold back each batch until the next one came.
+        yield from encoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
 
 
 def _write(run: Run, shard: int, content: _Open, dtype: str) -> tuple[Shard, Shard]:
@@ -342,16 +342,14 @@ class WatchedWave:
             ray.kill(wave)
 
     def failed(self, at_once: int) -> list[Range]:
-        """Return the ranges to blame, with this wave's failures counted.
+        """Return the ranges to blame.
 
         A wave that ended by itself dropped what Ray had tried as often as it may. One that was ended leaves
         the ranges it had not come to as well; decoding starts in order, so that only the first `at_once` of
-        those not done can have held it up, and they were tried once.
+        those not done can have held it up.
         """
         left = [r for r in self.ranges if not self._is_done(r)]
-        if self.ended_by_itself:
-            return [replace(r, failures=r.failures + ATTEMPTS) for r in left]
-        return [replace(r, failures=r.failures + 1) for r in left[:at_once]]
+        return left if self.ended_by_itself else left[:at_once]
 
     def _is_done(self, r: Range) -> bool:
         done, position = self.done.get(r.shard, {}), r.start
