@@ -207,15 +207,13 @@ def test_image_that_hangs_its_reader_is_rejected(quiet, many_pictures, tmp_path)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("deed", ["kill", "hang"])
-def test_image_that_ends_its_reader_is_left_out_of_the_sample_of_pca(deed, two_cpus, many_pictures, tmp_path):
+def test_image_that_ends_its_reader_is_left_out_of_the_sample_of_pca(two_cpus, many_pictures, tmp_path):
     run = advance(
         tmp_path / "run",
         source=pipeline.Source(images=str(many_pictures)),
         upto="embeddings",
-        read=poisonous("123.png", deed),
+        read=poisonous("123.png", "kill"),
         **EMBED,
-        **{"resources.stall_seconds": 4.0, "resources.start_seconds": 30.0},
     )
     assert run.manifest("embeddings").rows == 199
 
@@ -282,19 +280,26 @@ def killer(title: str, when, times: int = 1):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    "title", ["ray::Wave", "ray::MapWorker(MapBatches(Encode))", "ray::MapBatches(decode_range)"]
+    ("title", "shards"),
+    [
+        ("ray::Wave", 2),
+        ("ray::MapWorker(MapBatches(Encode))", 1),
+        # Decoding runs ahead: when shards are written it is over.
+        ("ray::MapBatches(decode_range)", 0),
+    ],
 )
-def test_worker_killed_while_embedding(title, quiet, many_pictures, tmp_path):
+def test_worker_killed_while_embedding(title, shards, quiet, many_pictures, tmp_path):
     run = tmp_path / "run"
-    with killer(title, lambda: under_way(run, "embeddings", 2)) as killed:
+    with killer(title, lambda: under_way(run, "embeddings", shards)) as killed:
         done = advance(run, source=pipeline.Source(images=str(many_pictures)), **EMBED)
     assert killed, f"no process {title} was there to kill"
     assert same_as(done, quiet)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("table", "shards"), [("density", 1), ("clusters", 0), ("selection", 0)])
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(
+    ("table", "shards", "times"), [("density", 1, 1), ("clusters", 0, 3), ("selection", 0, 1)]
+)
 def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_of_vectors, tmp_path):
     run = tmp_path / "run"
     with killer("ray::ShardHolder", lambda: under_way(run, table, shards), times) as killed:
@@ -306,11 +311,10 @@ def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_o
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_driver_interrupted_politely(number, vectors, expected_of_vectors, tmp_path):
+def test_driver_interrupted_politely(vectors, expected_of_vectors, tmp_path):
     run = tmp_path / "run"
     words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
-    kill_driver_in(words, run, "clusters", 0, number)
+    kill_driver_in(words, run, "clusters", 0, signal.SIGTERM)
     assert not (run / "lease.json").exists(), "a polite end gives the lease back"
     finish(words)
     assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
@@ -322,7 +326,7 @@ def test_driver_killed_again_and_again(many_pictures, quiet, tmp_path):
     run = tmp_path / "run"
     words = command(["--images", str(many_pictures)], run, EMBED, 6)
     rng = np.random.default_rng(1)
-    for attempt in range(8):
+    for attempt in range(4):
         driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             driver.wait(float(rng.uniform(3, 12 + 4 * attempt)))
@@ -355,7 +359,7 @@ def test_second_command_is_refused_while_the_first_works(vectors, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("table", ["embeddings", "rejected", "density"])
+@pytest.mark.parametrize("table", ["rejected", "density"])
 def test_damaged_shard_of_an_unfinished_table_is_made_again(table, quiet, many_pictures, tmp_path):
     """A shard cut short by a full disk or a bad copy, found when the run continues."""
     run = tmp_path / "run"

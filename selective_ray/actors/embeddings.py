@@ -230,6 +230,9 @@ def _waves(
                 yield value
         bar.advance(-unfinished)
         for failed in wave.failed(placement.at_once):
+            if failed.reason and not wave.ended_by_itself:
+                # Nothing is read of it, so it cannot have held up a wave.
+                continue
             if len(failed) == 1 and not wave.ended_by_itself:
                 # Its neighbors may have held it up: tried alone, it is innocent if it gets through.
                 alone = WatchedWave(run, [failed], {failed.shard: todo[failed.shard]}, *how)
