@@ -86,7 +86,7 @@ class Lease:
         # A lease that cannot be removed is taken over at once, as that of a process that ended.
         with suppress(OSError), self._alone():
             if (holder := self._read()) and holder["token"] == self.token:
-                self.run.fs.delete_file(self.run.path(FILE))
+                self.run.delete(FILE)
 
     def check(self) -> None:
         """Raise UserError if another process has taken the run over, as it may after 60 silent seconds."""

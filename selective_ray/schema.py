@@ -11,16 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-IMAGES = pa.schema(
+# What a listing says of an image. A member of a tar archive has its offset and length in bytes, a row of a
+# Parquet file its number as offset, a file of its own neither; the uri of the first two is
+# "<archive>#<member>". size is null and version empty where the listing does not tell.
+LISTED = pa.schema(
     [
-        ("image_id", pa.int64()),
         ("uri", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
         ("size", pa.int64()),
         ("version", pa.string()),
     ]
 )
+IMAGES = pa.schema([("image_id", pa.int64()), *LISTED])
+# Images that are equal, byte for byte, to one with a smaller id: the smallest such id.
+DUPLICATES = pa.schema([("image_id", pa.int64()), ("first_image_id", pa.int64())])
 REJECTED = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())])
 DENSITY = {
     "mean": pa.schema([("image_id", pa.int64()), ("mean_sq_dist", pa.float32())]),
@@ -31,10 +38,14 @@ DENSITY = {
 CLUSTERS = pa.schema([("image_id", pa.int64()), ("cluster_id", pa.int32()), ("sq_dist", pa.float32())])
 
 
-def embeddings_schema(dimension: int, dtype: str) -> pa.Schema:
-    """Schema of `embeddings/`; a list of fixed size, because offsets of int32 overflow at 2^31 values."""
+def embeddings_schema(dimension: int, dtype: str, *, digest: bool = False) -> pa.Schema:
+    """Schema of `embeddings/`; a list of fixed size, because offsets of int32 overflow at 2^31 values.
+
+    digest: the BLAKE2b of the bytes of the image, where these were read.
+    """
     value = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
-    return pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(value, dimension))])
+    columns = [("image_id", pa.int64()), ("embedding", pa.list_(value, dimension))]
+    return pa.schema([*columns, ("digest", pa.binary(16))] if digest else columns)
 
 
 def selection_schema(estimator: str) -> pa.Schema:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import re
-import secrets
 import subprocess
 import time
 from collections.abc import Iterable
@@ -21,18 +20,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from selective_ray import __version__
+from selective_ray import __version__, objects
 from selective_ray.errors import UsageError, UserError
+from selective_ray.objects import DIRECT, Access
 from selective_ray.schema import SCHEMA_VERSION
 
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 # Each table with the command that makes it.
-TABLES = ("images", "embeddings", "rejected", "density", "clusters", "selection")
+TABLES = ("images", "embeddings", "rejected", "duplicates", "density", "clusters", "selection")
 
 
 @dataclass(frozen=True)
@@ -105,36 +104,42 @@ def differences(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
 
 
 class Run:
-    """A run folder; `uri` is a local path or anything pyarrow's filesystems open."""
+    """A run folder; `uri` is a local path, or a URI of any store that `objects` reaches."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, access: Access = DIRECT) -> None:
         if not uri.strip():
             raise UsageError("give --run a folder: it is empty")
-        try:
-            if "://" in uri:
-                self.fs, self.root = pafs.FileSystem.from_uri(uri)
-                self.uri = uri.rstrip("/")
-            else:
-                self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).absolute())
-                self.uri = self.root
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{uri} cannot be opened: {error}; check --run") from None
-        self.root = self.root.rstrip("/")
-        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+        self.access = access
+        self.is_local = objects.is_local(uri)
+        if self.is_local:
+            self.root = str(Path(objects.local_path(uri)).absolute())
+            self.uri = uri.rstrip("/") if "://" in uri else self.root
+        else:
+            base, prefix = objects.split_uri(uri)
+            if not prefix.strip("/"):
+                raise UsageError(f"give --run a folder in {base}, not all of it: {base}/runs/1")
+            self.uri = self.root = uri.rstrip("/")
 
-    def __reduce__(self) -> tuple[type[Run], tuple[str]]:
-        return Run, (self.uri,)
+    def __reduce__(self) -> tuple[type[Run], tuple[str, Access]]:
+        return Run, (self.uri, self.access)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and (self.uri, self.access) == (other.uri, other.access)
+
+    def __hash__(self) -> int:
+        return hash((self.uri, self.access))
 
     def path(self, *parts: str) -> str:
-        """Join parts below the run, in the form its filesystem takes."""
+        """Join parts below the run: a local path, or a URI."""
         return "/".join((self.root, *parts))
 
     def prepare(self) -> None:
         """Make the run folder; raise UserError where it cannot be written."""
         try:
-            self.fs.create_dir(self.root, recursive=True)
+            if self.is_local:
+                Path(self.root).mkdir(parents=True, exist_ok=True)
             self.write_bytes(b"", ".writable")
-            self.fs.delete_file(self.path(".writable"))
+            self.delete(".writable")
         except OSError as error:
             raise UserError(
                 f"the run folder {self.uri} cannot be written ({error}); choose another --run"
@@ -144,24 +149,23 @@ class Run:
 
     def exists(self, *parts: str) -> bool:
         """Whether a file is there."""
-        return self.fs.get_file_info(self.path(*parts)).type == pafs.FileType.File
+        return objects.exists(self.path(*parts), self.access)
 
     def read_bytes(self, *parts: str) -> bytes:
         """Return the bytes of a file."""
-        with self.fs.open_input_stream(self.path(*parts)) as stream:
-            return stream.read()
+        return objects.read(objects.Request(self.path(*parts)), self.access)
 
-    def write_bytes(self, data: bytes, *parts: str) -> None:
-        """Write a file so that it is there whole or not at all."""
-        path = self.path(*parts)
-        if not self.is_local:
-            with self.fs.open_output_stream(path) as stream:
-                stream.write(data)
-            return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        Path(temporary).write_bytes(data)
-        Path(temporary).replace(path)
+    def write_bytes(self, data: bytes, *parts: str, replace: bool = True) -> None:
+        """Write a file so that it is there whole or not at all; without replace the first writer wins."""
+        objects.write(self.path(*parts), data, self.access, replace=replace)
+
+    def delete(self, *parts: str) -> None:
+        """Remove a file, if it is there."""
+        objects.delete(self.path(*parts), self.access)
+
+    def delete_folder(self, *parts: str) -> None:
+        """Remove a folder of the run with everything in it, if it is there."""
+        objects.delete_folder(self.path(*parts), self.access)
 
     def read_json(self, *parts: str) -> Any:
         """Return the content of a JSON file, or None where there is none."""
@@ -184,7 +188,7 @@ class Run:
     def home(self, table: str) -> Run:
         """Return the run whose folder holds this table: this one, or the one it refers to."""
         found = self.manifest(table)
-        return Run(found.refers_to).home(table) if found and found.refers_to else self
+        return Run(found.refers_to, self.access).home(table) if found and found.refers_to else self
 
     def write_shard(self, table: str, index: int, content: pa.Table, device: str = "cpu") -> Shard:
         """Write shard `index` of a table; a shard that is already there stays, as it holds the same."""
@@ -198,7 +202,8 @@ class Run:
         name = shard_name(index)
         if there := self.recorded_shard(table, index):
             return there
-        self.write_bytes(data, table, name)
+        # A late attempt made the same, and is dropped.
+        self.write_bytes(data, table, name, replace=False)
         return Shard(name, len(content), hashlib.sha256(data).hexdigest(), device)
 
     def read_shard(self, table: str, index: int, columns: list[str] | None = None) -> pa.Table:
@@ -206,7 +211,8 @@ class Run:
         home = self.home(table)
         path = home.path(table, shard_name(index))
         try:
-            return pq.read_table(path, filesystem=home.fs, columns=columns, partitioning=None)
+            with objects.open_seekable(path, home.access) as file:
+                return pq.read_table(file, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{path} is missing or damaged ({error}); remove {home.path(table)} and run again"
@@ -220,10 +226,25 @@ class Run:
         x = lists.flatten().to_numpy().reshape(-1, d).astype(np.float32, copy=False)
         return content["image_id"].to_numpy(), x
 
+    def listed(self, image_ids: np.ndarray) -> pa.Table:
+        """Return the rows of `images/` of some images, in their order; reads the shards that hold one."""
+        images = self.manifest("images")
+        assert images is not None
+        # Image ids are dense and ascending over the shards.
+        ends = np.cumsum([shard.rows for shard in images.shards])
+        shards = np.searchsorted(ends, image_ids, side="right")
+        parts = [self.read_shard("images", 0).slice(0, 0)]
+        order = [np.empty(0, np.int64)]
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            within = image_ids[here] - (ends[shard] - images.shards[shard].rows)
+            parts.append(self.read_shard("images", int(shard)).take(pa.array(within)))
+            order.append(here)
+        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order))))
+
     def finished_shards(self, table: str) -> list[int]:
         """Return the indices of the shards that are there, whether or not the table is complete."""
-        selector = pafs.FileSelector(self.path(table), allow_not_found=True)
-        names = [info.base_name for info in self.fs.get_file_info(selector)]
+        names = objects.names(self.path(table), self.access)
         return sorted(int(match[1]) for match in map(SHARD_NAME.fullmatch, names) if match)
 
     def clear(self, table: str) -> None:
@@ -234,7 +255,7 @@ class Run:
 
     def remove_shard(self, table: str, index: int) -> None:
         """Remove one shard of a table that is not finished."""
-        self.fs.delete_file(self.path(table, shard_name(index)))
+        self.delete(table, shard_name(index))
 
     def recorded_shard(self, table: str, index: int) -> Shard | None:
         """Describe a shard that an earlier attempt left, by reading it; None where missing or damaged."""
@@ -244,7 +265,7 @@ class Run:
         try:
             file = pq.ParquetFile(io.BytesIO(data))
         except (OSError, pa.ArrowException):
-            self.fs.delete_file(self.path(table, shard_name(index)))
+            self.delete(table, shard_name(index))
             return None
         device = (file.schema_arrow.metadata or {}).get(b"device", b"cpu").decode()
         return Shard(shard_name(index), file.metadata.num_rows, hashlib.sha256(data).hexdigest(), device)
@@ -276,7 +297,7 @@ class Run:
         there = self.manifest(table)
         theirs = asdict(there) if there else self.read_json(table, BEGUN)
         if theirs and not there and theirs["fingerprint"] != wanted and not self.finished_shards(table):
-            self.fs.delete_dir_contents(self.path(table))
+            self.delete_folder(table)
             theirs = None
         if theirs and theirs["fingerprint"] != wanted:
             keys = differences({**what, "inputs": inputs}, {**theirs["what"], "inputs": theirs["inputs"]})
@@ -326,7 +347,7 @@ class Run:
             summary=summary,
         )
         self.write_json(asdict(done), table, MANIFEST)
-        self.fs.delete_file(self.path(table, BEGUN))
+        self.delete(table, BEGUN)
         return done
 
     def fingerprints(self, *tables: str) -> dict[str, str]:

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
+import s3
 
 from selective_ray import lease as leases
 from selective_ray.errors import UserError
@@ -340,10 +340,12 @@ def test_of_eight_processes_at_the_same_moment_exactly_one_gets_the_run(tmp_path
 
 
 @pytest.fixture
-def store() -> Run:
-    """A run on pyarrow's file system in memory, which has neither, as object stores have neither."""
-    run = Run("mock:///run")
-    assert not run.is_local and not isinstance(run.fs, pafs.LocalFileSystem)
+def store(s3_endpoint, monkeypatch) -> Run:
+    """A run on an object store."""
+    for name, value in s3.environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    s3.fill(s3_endpoint, "lease-test", {})
+    run = Run("s3://lease-test/run")
     run.prepare()
     return run
 
