@@ -49,16 +49,19 @@ class Reporter:
         return self.console.is_terminal and not self.console.quiet
 
     @contextmanager
-    def stage(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Watch]:
-        """Show a bar for a stage of `total` units, `done` of them by earlier attempts."""
+    def stage(self, name: str, total: float | None, unit: str, done: float = 0) -> Iterator[Watch]:
+        """Show a bar for a stage of `total` units, `done` of them by earlier attempts; None: not known."""
         if not self.watched:
             yield Watch(None, None)
             return
+        share = (
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+        )
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            *((TextColumn("{task.completed:,.0f} {task.fields[unit]}"),) if total is None else share),
             _Rate(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),

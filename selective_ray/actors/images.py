@@ -1,23 +1,42 @@
-"""The images of a run: listed once, or taken from embeddings that a person brings, or from an earlier run."""
+"""The images of a run: listed once, or taken from embeddings that a person brings, or from an earlier run.
+
+Listing, its own way: tasks expand the source in parallel and write sorted pieces; the pieces are put in order
+of their uris and cut into the shards of `images/`. The driver holds names of pieces, never rows.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
 
-from selective_ray import embeddings, images
-from selective_ray.actors.session import peak_memory
+from selective_ray import embeddings, listing
+from selective_ray.actors.session import Session, cpus, in_order_of_arrival, peak_memory, unwrapped
 from selective_ray.config import Config
 from selective_ray.errors import UserError
+from selective_ray.listing import Source, Task
+from selective_ray.objects import Access
 from selective_ray.progress import Reporter
-from selective_ray.schema import IMAGES, REJECTED, embeddings_schema
+from selective_ray.schema import IMAGES, LISTED, REJECTED, embeddings_schema
 from selective_ray.store import Manifest, Run, Shard, Stopwatch
+
+# Inside `images/` while it is being listed.
+PIECES = "listing"
+JOURNAL = "journal.json"
+# Rows of a piece between two of the uris by which pieces are put in order.
+MARK_ROWS = 2_000
+JOURNAL_SECONDS = 5.0
 
 
 def shard_rows(n: int, asked: int | None) -> int:
@@ -25,36 +44,224 @@ def shard_rows(n: int, asked: int | None) -> int:
     return asked or min(65_536, max(256, -(-n // 64)))
 
 
-def list_folder(run: Run, source: str, config: Config, reporter: Reporter) -> Manifest:
-    """List the images of a folder into `images/`; a listing that is there is the truth of the run."""
-    source = source if "://" in source else str(Path(source).absolute())
+@dataclass(frozen=True)
+class Piece:
+    """A file of listed rows, sorted by uri; marks are every MARK_ROWS-th uri and the last."""
+
+    name: str
+    rows: int
+    marks: tuple[str, ...]
+
+
+@dataclass
+class _Progress:
+    """How far a listing has come, as the journal keeps it."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    others: int = 0
+    repeated: int = 0
+
+    @staticmethod
+    def read(run: Run) -> _Progress | None:
+        found = run.read_json("images", PIECES, JOURNAL)
+        if found is None:
+            return None
+        pieces = [Piece(piece["name"], piece["rows"], tuple(piece["marks"])) for piece in found["pieces"]]
+        tasks = [Task(**task) for task in found["tasks"]]
+        return _Progress(pieces, tasks, found["others"], found["repeated"])
+
+    def write(self, run: Run, running: Iterable[Task]) -> None:
+        content = {**asdict(self), "tasks": [asdict(task) for task in (*self.tasks, *running)]}
+        run.write_json(content, "images", PIECES, JOURNAL)
+
+
+def list_source(run: Run, source: Source, config: Config, session: Session, reporter: Reporter) -> Manifest:
+    """List the images of a source into `images/`; a listing that is there is the truth of the run.
+
+    Killed and begun again, it continues with what was not yet listed. Raises UserError where the source
+    cannot be listed or holds no image.
+    """
+    access = config.resources.access()
+    # A relative path is another folder elsewhere.
+    uri = str(Path(source.uri).absolute()) if source.uri and "://" not in source.uri else source.uri
+    what: dict[str, Any] = {"source": uri, "images": config.images.model_dump(mode="json")}
     if there := run.manifest("images"):
-        run.begin("images", {"source": source, "content": there.what["content"]}, {})
+        run.begin("images", {**what, "content": there.what["content"]}, {})
         return there
-    # Listed before it is begun: a mistyped folder must not claim the run.
-    started = time.monotonic()
-    with reporter.stage("list", 1, "folders") as bar:
-        listing = images.list_images(source)
-        bar.advance(1)
-    run.begin("images", {"source": source}, {})
-    run.clear("images")
-    rows = shard_rows(len(listing), config.resources.shard_rows)
-    digests = {column: hashlib.sha256() for column in ("uri", "size", "version")}
-    shards = []
-    for index, start in enumerate(range(0, len(listing), rows)):
-        part = listing.slice(start, rows)
-        ids = pa.array(np.arange(start, start + len(part)), pa.int64())
-        shards.append(run.write_shard("images", index, part.add_column(0, "image_id", ids).cast(IMAGES)))
-        for column, digest in digests.items():
-            digest.update("".join(f"{value}\0" for value in part[column].to_pylist()).encode())
-    return run.finish(
+    first = listing.first_task(source, access)
+    if first.kind == "folder":
+        _check_any(first, source, access)
+    run.begin("images", what, {})
+    stopwatch = Stopwatch(run, "images")
+    session.start()
+    with reporter.stage("list", None, "images") as bar:
+        progress = _Progress.read(run) or _Progress(tasks=[first])
+        memory = _expand_all(run, source, access, progress, bar.advance)
+        if not progress.pieces:
+            raise listing.nothing_found(source, progress.others)
+        if progress.repeated:
+            reporter.warn(
+                f"{progress.repeated:,} lines of {source.uri} name an image again; each counts once"
+            )
+        pieces = _in_order(run, progress.pieces)
+        n = sum(piece.rows for piece in pieces)
+        shards, digest, peak = _cut(run, pieces, shard_rows(n, config.resources.shard_rows))
+    done = run.finish(
         "images",
         shards,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes={"driver": peak_memory()},
-        summary={"images": len(listing)},
-        found={"content": _joined(digests.values())},
+        seconds=stopwatch.seconds(),
+        peak_memory_bytes={"driver": peak_memory(), "largest_worker": max(memory, peak)},
+        summary={"images": n, "repeated": progress.repeated, "others": progress.others},
+        found={"content": digest},
     )
+    run.delete_folder("images", PIECES)
+    return done
+
+
+def _check_any(first: Task, source: Source, access: Access) -> None:
+    """Raise UserError where a folder holds no image; stops at the first."""
+    others = 0
+    for found in listing.expand(first, source, access):
+        if found.rows or found.tasks:
+            return
+        others += found.others
+    raise listing.nothing_found(source, others)
+
+
+def _expand_all(
+    run: Run, source: Source, access: Access, progress: _Progress, advance: Callable[[float], None]
+) -> int:
+    """Expand tasks until none is left; returns the peak memory of the workers."""
+    running: dict[ray.ObjectRef, Task] = {}
+    noted, memory = time.monotonic(), 0
+    advance(sum(piece.rows for piece in progress.pieces))
+    while progress.tasks or running:
+        while progress.tasks and len(running) < 8 * cpus():
+            task = progress.tasks.pop()
+            running[_expand.remote(run, task, source, access)] = task
+        ready, _ = ray.wait(list(running))
+        for call in ready:
+            with unwrapped():
+                pieces, tasks, others, repeated, peak = ray.get(call)
+            del running[call]
+            progress.pieces += pieces
+            progress.tasks += reversed(tasks)
+            progress.others += others
+            progress.repeated += repeated
+            memory = max(memory, peak)
+            advance(sum(piece.rows for piece in pieces))
+        if time.monotonic() - noted > JOURNAL_SECONDS:
+            progress.write(run, running.values())
+            noted = time.monotonic()
+    progress.write(run, ())
+    return memory
+
+
+# Waiting for answers takes little of a CPU.
+@ray.remote(num_cpus=0.25, max_retries=2)
+def _expand(
+    run: Run, task: Task, source: Source, access: Access
+) -> tuple[list[Piece], list[Task], int, int, int]:
+    """List what a task holds into pieces; also further tasks, files passed over, repeated lines, memory."""
+    # The same task writes the same pieces, should it be tried again.
+    stem = hashlib.sha256(repr(task).encode()).hexdigest()[:16]
+    pieces: list[Piece] = []
+    tasks: list[Task] = []
+    others = repeated = 0
+    for found in listing.expand(task, source, access):
+        if found.rows:
+            pieces.append(_write_piece(run, f"{stem}-{len(pieces)}", found.rows))
+        tasks += found.tasks
+        others += found.others
+        repeated += found.repeated
+    return pieces, tasks, others, repeated, peak_memory()
+
+
+def _write_piece(run: Run, name: str, rows: pa.Table) -> Piece:
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd")
+    run.write_bytes(buffer.getvalue(), "images", PIECES, name)
+    marks = [*range(0, len(rows), MARK_ROWS), len(rows) - 1]
+    return Piece(name, len(rows), tuple(rows["uri"].take(pa.array(marks)).to_pylist()))
+
+
+def _read_piece(run: Run, name: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(run.read_bytes("images", PIECES, name)))
+
+
+def _in_order(run: Run, pieces: list[Piece]) -> list[Piece]:
+    """Return pieces of which each begins after the one before it ends, in order.
+
+    Ranges of keys are so by themselves. Archives and lists lie across each other: then all rows are sorted
+    anew, in ranges of uris of about a piece each.
+    """
+    pieces = sorted(pieces, key=lambda piece: piece.marks)
+    if all(a.marks[-1] < b.marks[0] for a, b in itertools.pairwise(pieces)):
+        return pieces
+    marks = sorted(mark for piece in pieces for mark in piece.marks)
+    step = listing.PIECE_ROWS // MARK_ROWS
+    bounds = [None, *sorted(set(marks[step:-step:step])), None]
+    calls = []
+    for after, upto in itertools.pairwise(bounds):
+        names = [
+            piece.name
+            for piece in pieces
+            if (upto is None or piece.marks[0] <= upto) and (after is None or piece.marks[-1] > after)
+        ]
+        calls.append((run, names, after, upto))
+    merged = [piece for piece in in_order_of_arrival(_merge, calls) if piece]
+    return sorted(merged, key=lambda piece: piece.marks)
+
+
+@ray.remote(num_cpus=1, max_retries=2)
+def _merge(run: Run, names: list[str], after: str | None, upto: str | None) -> Piece | None:
+    """Sort the rows of some pieces that lie in a range of uris (after, upto] into a new piece."""
+    parts = []
+    for name in names:
+        part = _read_piece(run, name)
+        if after is not None:
+            part = part.filter(pc.greater(part["uri"], after))
+        if upto is not None:
+            part = part.filter(pc.less_equal(part["uri"], upto))
+        parts.append(part)
+    rows = pa.concat_tables(parts).sort_by("uri")
+    stem = hashlib.sha256(repr((names, after, upto)).encode()).hexdigest()[:16]
+    return _write_piece(run, f"{stem}-sorted", rows) if len(rows) else None
+
+
+def _cut(run: Run, pieces: list[Piece], rows: int) -> tuple[list[Shard], str, int]:
+    """Cut ordered pieces into the shards of `images/`; also the digest of all rows, and the peak memory."""
+    ends = np.cumsum([piece.rows for piece in pieces])
+    calls = []
+    for index, start in enumerate(range(0, int(ends[-1]), rows)):
+        stop = min(start + rows, int(ends[-1]))
+        slices = []
+        for i in range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop)) + 1):
+            first = int(ends[i]) - pieces[i].rows
+            slices.append((pieces[i].name, max(start - first, 0), min(stop - first, pieces[i].rows)))
+        calls.append((run, index, start, slices))
+    answers = list(in_order_of_arrival(_write_listed, calls))
+    # A sum does not depend on the cut into shards.
+    digest = sum(digest for _, digest, _ in answers) % 2**128
+    return [shard for shard, _, _ in answers], f"{digest:032x}", max(peak for _, _, peak in answers)
+
+
+@ray.remote(num_cpus=1, max_retries=2)
+def _write_listed(
+    run: Run, index: int, first_id: int, slices: list[tuple[str, int, int]]
+) -> tuple[Shard, int, int]:
+    """Write one shard of `images/` from slices of pieces; also the sum of the digests of rows, and memory."""
+    rows = pa.concat_tables(
+        [_read_piece(run, name).slice(start, stop - start) for name, start, stop in slices]
+    ).combine_chunks()
+    assert rows.schema.equals(LISTED)
+    ids = pa.array(np.arange(first_id, first_id + len(rows)), pa.int64())
+    rows = rows.add_column(0, "image_id", ids).cast(IMAGES)
+    digest = 0
+    for row in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+        digest += int.from_bytes(hashlib.sha256(repr(row).encode()).digest()[:16])
+    return run.write_shard("images", index, rows), digest % 2**128, peak_memory()
 
 
 def bring_file(run: Run, path: str, config: Config, reporter: Reporter) -> None:
@@ -92,9 +299,8 @@ def bring_file(run: Run, path: str, config: Config, reporter: Reporter) -> None:
             ids = np.arange(first, first + len(x))
             first += len(x)
             bar.advance(len(x))
-            table = pa.table(
-                {"image_id": ids, "uri": uris, "size": np.full(len(x), d), "version": [""] * len(x)}, IMAGES
-            )
+            table = listing.table(uris, [None] * len(x), [""] * len(x))
+            table = table.add_column(0, "image_id", pa.array(ids, pa.int64())).cast(IMAGES)
             listed.append(run.write_shard("images", len(listed), table))
             embedded.append(run.write_shard("embeddings", len(embedded), table_of(ids, unit, schema)))
     memory = {"driver": peak_memory()}
@@ -113,19 +319,30 @@ def bring_file(run: Run, path: str, config: Config, reporter: Reporter) -> None:
     )
 
 
-def table_of(image_ids: np.ndarray, x: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Return a shard of `embeddings/`: image_ids int64 [n], x [n, d] in the type of the schema."""
+def table_of(
+    image_ids: np.ndarray, x: np.ndarray, schema: pa.Schema, digests: np.ndarray | None = None
+) -> pa.Table:
+    """Return a shard of `embeddings/`: image_ids int64 [n], x [n, d] in the type of the schema.
+
+    digests uint8 [n, 16] where the schema has a column for them.
+    """
     value = schema.field("embedding").type.value_type
     flat = np.ascontiguousarray(x.reshape(-1), value.to_pandas_dtype())
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(flat), x.shape[1])
-    return pa.table({"image_id": image_ids, "embedding": lists}, schema)
+    columns = [pa.array(image_ids), pa.FixedSizeListArray.from_arrays(pa.array(flat), x.shape[1])]
+    if digests is not None:
+        buffer = pa.py_buffer(np.ascontiguousarray(digests))
+        columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, buffer]))
+    return pa.table(columns, schema)
 
 
 def refer_to_run(run: Run, other: Run) -> None:
     """Use images, embeddings and rejected of an earlier run, ids and uris kept."""
-    tables = ("images", "rejected", "embeddings")
+    tables = ("images", "rejected", "embeddings", "duplicates")
     for table in tables:
         theirs = other.manifest(table)
+        if theirs is None and table == "duplicates":
+            # Embeddings that a person brought have no bytes to compare.
+            continue
         if theirs is None:
             raise UserError(
                 f"{other.uri} has no finished {table}; complete that run first, or name another with "
@@ -141,7 +358,7 @@ def refer_to_run(run: Run, other: Run) -> None:
                 f"{theirs.fingerprint}; choose another --run"
             )
     for table in tables:
-        if run.manifest(table) is None:
+        if run.manifest(table) is None and other.manifest(table):
             run.refer(table, other)
 
 

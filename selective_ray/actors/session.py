@@ -6,8 +6,9 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -39,6 +40,8 @@ class Session:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Else Ray warns in every worker of a machine without GPUs.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray would try a task that runs out of memory again without end.
+        os.environ.setdefault("RAY_task_oom_retries", "3")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if self.address and self.address != "local":
@@ -67,6 +70,21 @@ def peak_memory() -> int:
     """Return the largest resident size that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_order_of_arrival(task: Any, calls: Iterable[tuple]) -> Iterator[Any]:
+    """Call a remote function with each of many arguments, a few at a time; yields answers as they come."""
+    running: list[ray.ObjectRef] = []
+    for arguments in calls:
+        running.append(task.remote(*arguments))
+        if len(running) >= 4 * cpus():
+            ready, running = ray.wait(running)
+            with unwrapped():
+                yield from ray.get(ready)
+    while running:
+        ready, running = ray.wait(running)
+        with unwrapped():
+            yield from ray.get(ready)
 
 
 @contextmanager
