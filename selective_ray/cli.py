@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from selective_ray import __version__, config
 from selective_ray.errors import UsageError, UserError
+from selective_ray.objects import Access
 from selective_ray.progress import Reporter, one_line
 from selective_ray.store import BEGUN, TABLES, Run
 
@@ -52,7 +53,32 @@ app = typer.Typer(
 )
 
 Images = Annotated[
-    str | None, typer.Option("--images", help="Folder of images, searched with its subfolders.")
+    str | None,
+    typer.Option(
+        "--images",
+        help="Folder or prefix (s3://, gs://, az://) of images, tar archives or Parquet files with image "
+        "bytes; or one such file; or a list of uris (.txt, .parquet).",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include", help="Only images whose path below --images fits the pattern; may be repeated."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", help="No images whose path below --images fits the pattern; repeatable."),
+]
+Column = Annotated[
+    str | None, typer.Option("--column", help="Column of images, or of uris, of Parquet files.")
+]
+EndpointUrl = Annotated[
+    str | None, typer.Option("--endpoint-url", help="S3-compatible store in place of Amazon's.")
+]
+MaxRejected = Annotated[
+    str | None,
+    typer.Option("--max-rejected", help="Stop when more than this share of the images is rejected, as 1%."),
 ]
 Embeddings = Annotated[
     str | None,
@@ -114,6 +140,11 @@ def _advance(
     upto: str,
     *,
     images: str | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    column: str | None,
+    endpoint_url: str | None,
+    max_rejected: str | None,
     embeddings: str | None,
     run: str,
     budget: int | None,
@@ -141,6 +172,11 @@ def _advance(
                 "seed": seed,
                 "embed.encoder": encoder,
                 "embed.checkpoint": checkpoint,
+                "images.include": include or None,
+                "images.exclude": exclude or None,
+                "images.column": column,
+                "resources.endpoint_url": endpoint_url,
+                "resources.max_rejected": None if max_rejected is None else _share(max_rejected),
             },
             own_embeddings=embeddings is not None,
         )
@@ -149,7 +185,7 @@ def _advance(
         from selective_ray.actors import pipeline
 
         reporter = Reporter(quiet=as_json)
-        where = Run(run)
+        where = Run(run, settings.resources.access())
         complete = [table for table in TABLES if where.manifest(table)]
         pipeline.advance(
             where,
@@ -161,6 +197,14 @@ def _advance(
             address=address,
         )
         _print_summary(pipeline.summarize(where), complete, reporter, as_json, time.monotonic() - started)
+
+
+def _share(text: str) -> float:
+    """Read a share: 1% or 0.01."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"--max-rejected {text!r} is no share; give it as 1% or 0.01") from None
 
 
 def _print_summary(
@@ -192,6 +236,14 @@ def _lines(summary: dict[str, Any], made: list[str], seconds: float) -> Iterator
     yield f"images     {', '.join(counts)}"
     for reason, count in summary.get("reasons", {}).items():
         yield f"rejected   {count:,} {reason}"
+    if summary.get("duplicates"):
+        yield f"copies     {summary['duplicates']:,} images are equal, byte for byte, to an earlier one"
+    if "embeddings" in made and "encoder_busy" in summary:
+        yield (
+            f"embedding  {summary['images_per_second']:,.0f} images/s, encoders busy "
+            f"{100 * summary['encoder_busy']:.0f} %: {summary['limit']} was the limit; an encoder keeps "
+            f"{summary['cpus_per_encoder']:g} decoding CPUs busy"
+        )
     if made:
         stages = ", ".join(f"{table} {summary['seconds'][table]:.1f}" for table in made)
         yield f"seconds    {stages}; {seconds:.1f} in all"
@@ -205,6 +257,11 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
     def command(
         run: RunUri,
         images: Images = None,
+        include: Include = None,
+        exclude: Exclude = None,
+        column: Column = None,
+        endpoint_url: EndpointUrl = None,
+        max_rejected: MaxRejected = None,
         embeddings: Embeddings = None,
         budget: Budget = None,
         preset: Preset = None,
@@ -220,6 +277,11 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
         _advance(
             upto,
             images=images,
+            include=include,
+            exclude=exclude,
+            column=column,
+            endpoint_url=endpoint_url,
+            max_rejected=max_rejected,
             embeddings=embeddings,
             run=run,
             budget=budget,
@@ -252,12 +314,12 @@ for _name, _upto, _help in (
 
 
 @app.command()
-def report(run: RunUri, debug: Debug = False) -> None:
+def report(run: RunUri, endpoint_url: EndpointUrl = None, debug: Debug = False) -> None:
     """Write the report of a finished run again."""
     with _sentences(debug):
         from selective_ray import report as page
 
-        where = _existing(run)
+        where = _existing(run, endpoint_url)
         selection = where.manifest("selection")
         if selection is None:
             raise UserError(f"{run} has no finished selection; run `selective-ray select` on it first")
@@ -267,10 +329,12 @@ def report(run: RunUri, debug: Debug = False) -> None:
 
 
 @app.command()
-def status(run: RunUri, as_json: Json = False, debug: Debug = False) -> None:
+def status(
+    run: RunUri, endpoint_url: EndpointUrl = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """Say which stages of a run are complete."""
     with _sentences(debug, as_json):
-        where = _existing(run)
+        where = _existing(run, endpoint_url)
         states = {}
         for table in TABLES:
             manifest = where.manifest(table)
@@ -297,8 +361,8 @@ def status(run: RunUri, as_json: Json = False, debug: Debug = False) -> None:
             print(f"{table:<11} {state['state']:<10} {rest}".rstrip())  # noqa: T201
 
 
-def _existing(run: str) -> Run:
-    where = Run(run)
+def _existing(run: str, endpoint_url: str | None) -> Run:
+    where = Run(run, Access(endpoint_url))
     if not any(where.exists(table, name) for table in TABLES for name in ("manifest.json", BEGUN)):
         raise UserError(f"{run} is not a run; check --run")
     return where

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from selective_ray import encoders
 from selective_ray.errors import UsageError
+from selective_ray.objects import Access
 from selective_ray.selection import Repulsion
 
 
@@ -21,6 +22,16 @@ class Section(BaseModel):
     """A section of the configuration; its values do not change and its keys are all there are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Images(Section):
+    """Which images of the source count."""
+
+    # Shell patterns on the path below the source, `*` also matching `/`; nothing given: every image.
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    # The column of images, or of uris, of Parquet files; None: the one that can be meant.
+    column: str | None = None
 
 
 class Embed(Section):
@@ -104,17 +115,30 @@ class Resources(Section):
     workers: int | None = Field(None, ge=1)
     # GPUs an encoder takes; None: one where the cluster has any.
     gpus_per_worker: float | None = Field(None, ge=0)
+    # GiB that an encoder states to Ray; None: 2, or its share of a smaller cluster.
+    memory: float | None = Field(None, gt=0)
     # Images in a shard; None: max(256, n / 64), at most 65,536.
     shard_rows: int | None = Field(None, ge=1)
+    # An S3-compatible store in place of Amazon's; None: AWS_ENDPOINT_URL, else Amazon's.
+    endpoint_url: str | None = None
+    # A store that is silent for so long while it answers is asked again.
+    silence_seconds: float = Field(20.0, gt=0)
+    # The run stops when more than this share of the images seen so far is rejected.
+    max_rejected: float = Field(1.0, ge=0, le=1)
     # A wave of shards without progress for so long is ended and begun again.
     stall_seconds: float = Field(300.0, gt=0)
     # The same for its first images, while machines and processes start and load the encoder.
     start_seconds: float = Field(900.0, gt=0)
 
+    def access(self) -> Access:
+        """Return how stores are reached, as reading takes it."""
+        return Access(self.endpoint_url, self.silence_seconds)
+
 
 class Config(Section):
     """Everything that a run is asked for."""
 
+    images: Images = Images()
     embed: Embed = Embed()
     density: Density = Density()
     cluster: Cluster = Cluster()

@@ -1,22 +1,13 @@
-"""List a folder into the image table; read and decode an image, or refuse it with a reason."""
+"""Decode an image to pixels of one size, or refuse it with a reason."""
 
 import contextlib
 import ctypes
 import io
 import logging
-import os
-import re
-import stat
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image, ImageChops, UnidentifiedImageError, _imaging
-
-from selective_ray.errors import UsageError, UserError
 
 # Formats that Pillow decodes by itself and that announce themselves by a magic number. EPS would start
 # Ghostscript, and TGA and its like accept almost any bytes.
@@ -49,43 +40,6 @@ class Rejected(Exception):
     """An image that cannot be used; the message is the reason in a few words."""
 
 
-def list_images(source: str) -> pa.Table:
-    """List the images in a folder and the folders in it, hidden ones aside.
-
-    Returns uri string, size int64, version string ("<mtime_ns>-<size>"), sorted by uri. A uri is the absolute
-    path, or a percent-encoded `file://` URI where the path is not valid UTF-8. Raises UsageError for
-    sources that are not local, UserError for folders that cannot be listed or hold no image.
-    """
-    root = _folder(source)
-    rows, others = [], 0
-    for entry in _files(root):
-        if not entry.name.lower().endswith(EXTENSIONS):
-            others += 1
-        elif (status := _status(entry)) is not None:
-            rows.append((_uri(entry.path), status.st_size, f"{status.st_mtime_ns}-{status.st_size}"))
-    if not rows and not others:
-        raise UserError(f"the folder {_uri(root)} is empty; give one that holds images")
-    if not rows:
-        raise UserError(
-            f"none of the {others:,} files in {_uri(root)} is an image; files count as images by their "
-            f"extension ({' '.join(EXTENSIONS)}): rename them, or give the folder that holds the images"
-        )
-    rows.sort()
-    uris, sizes, versions = zip(*rows, strict=True)
-    return pa.table(
-        {
-            "uri": pa.array(uris, pa.string()),
-            "size": pa.array(sizes, pa.int64()),
-            "version": pa.array(versions, pa.string()),
-        }
-    )
-
-
-def read(uri: str) -> bytes:
-    """Read the bytes of a listed uri; raises OSError where that fails."""
-    return Path(_path(uri)).read_bytes()
-
-
 def decode(data: bytes, *, size: int, crop: float) -> np.ndarray:
     """Decode an image, resize its shorter side to size / crop and cut out the center, as torchvision does.
 
@@ -107,29 +61,6 @@ def decode(data: bytes, *, size: int, crop: float) -> np.ndarray:
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
-def read_batch(
-    uris: list[str], *, size: int, crop: float, read: Callable[[str], bytes] = read
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Read and decode images; returns uint8 [len(uris), size, size, 3] and the reasons of rejected slots.
-
-    The pixels of a rejected slot are zeros.
-    """
-    pixels = np.zeros((len(uris), size, size, 3), np.uint8)
-    reasons = {}
-    for slot, uri in enumerate(uris):
-        try:
-            pixels[slot] = decode(read(uri), size=size, crop=crop)
-        except Rejected as rejected:
-            reasons[slot] = str(rejected)
-        except FileNotFoundError:
-            reasons[slot] = "file not found"
-        except PermissionError:
-            reasons[slot] = "permission denied"
-        except OSError as error:
-            reasons[slot] = f"cannot be read: {error.strerror or type(error).__name__}"
-    return pixels, reasons
-
-
 def thumbnail(data: bytes, *, size: int) -> bytes:
     """Shrink an image to a JPEG with no side longer than size; raises Rejected."""
     image = _decoded(data)
@@ -138,93 +69,6 @@ def thumbnail(data: bytes, *, size: int) -> bytes:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=75)
     return out.getvalue()
-
-
-def _folder(source: str) -> str:
-    """Return the absolute path of a folder that exists; raises UsageError or UserError."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)", source)
-    local = scheme is None or (scheme[1].lower() == "file" and scheme[2] in ("", "localhost"))
-    if not (source and local):
-        raise UsageError(
-            f"cannot read images from {source!r}: this version reads local folders only; copy them to one"
-        )
-    # resolve() would put what a link points to on this machine into every uri, absolute() would keep "..".
-    root = os.path.abspath(_path(source))  # noqa: PTH100
-    try:
-        mode = Path(root).stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no folder {_uri(root)}; check the path") from None
-    except OSError as error:
-        raise _unreadable(root, error) from None
-    if not stat.S_ISDIR(mode):
-        raise UserError(f"{_uri(root)} is a file, not a folder; give the folder that holds the images")
-    return root
-
-
-def _files(root: str) -> Iterator[os.DirEntry]:
-    """Yield the files under a folder; every folder is visited once, linked ones after all others."""
-    visited = {_identity(str(parent)) for parent in Path(root).parents}
-    folders, links = [root], []
-    while folders or links:
-        # Smallest link first, so that the path of a folder linked twice does not depend on the disk's order.
-        folder = folders.pop() if folders else links.pop(links.index(min(links)))
-        if (identity := _identity(folder)) in visited:
-            continue
-        visited.add(identity)
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        (links if entry.is_symlink() else folders).append(entry.path)
-                    elif entry.is_file() or entry.is_symlink():
-                        yield entry
-        except OSError as error:
-            raise _unreadable(folder, error) from None
-
-
-def _identity(folder: str) -> tuple[int, int]:
-    try:
-        status = Path(folder).stat()
-    except OSError as error:
-        raise _unreadable(folder, error) from None
-    return status.st_dev, status.st_ino
-
-
-def _status(entry: os.DirEntry) -> os.stat_result | None:
-    """Return the status of a file, of the link itself where it is broken, None where it went away."""
-    for follow in (True, False):
-        try:
-            return entry.stat(follow_symlinks=follow)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise _unreadable(entry.path, error) from None
-    return None
-
-
-def _unreadable(path: str, error: OSError) -> UserError:
-    why = (error.strerror or type(error).__name__).lower()
-    return UserError(
-        f"cannot list {_uri(path)}: {why}; make it readable for this user, or give another folder"
-    )
-
-
-def _uri(path: str) -> str:
-    """Name an absolute path in valid UTF-8; `_path` is the inverse."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "file://" + quote(os.fsencode(path))
-    return path
-
-
-def _path(uri: str) -> str:
-    # An absolute path begins with a slash, so it cannot be taken for a URI.
-    if uri[:7].lower() == "file://":
-        return os.fsdecode(unquote_to_bytes(uri[7:].removeprefix("localhost")))
-    return uri
 
 
 def _decoded(data: bytes) -> Image.Image:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from selective_ray import charts, images, page
+from selective_ray import charts, images, page, reading
 from selective_ray.distances import blocks, sq_dists_direct
 from selective_ray.errors import UserError
+from selective_ray.images import Rejected
 from selective_ray.schema import sq_dist_column
 from selective_ray.store import TABLES, Manifest, Run
 
@@ -52,6 +53,9 @@ def write(
     stages = {}
     for table in TABLES:
         manifest = run.manifest(table)
+        if manifest is None and table == "duplicates":
+            # Brought embeddings have no bytes to compare.
+            continue
         if manifest is None:
             raise UserError(f"{run.uri} has no finished {table}, so there is nothing to report; run select")
         stages[table] = manifest
@@ -73,8 +77,7 @@ def write(
     shown = pictured(picks.cluster_sizes, seed, PICTURES)
     say(f"report: shrinking {len(shown)} images")
     pixels = LARGE_PIXELS if len(shown) <= LARGE_PICTURES else SIZES[0][1]
-    with ThreadPoolExecutor(4) as threads:
-        pictures = list(threads.map(lambda pick: _picture(picks.uris[pick], pixels), shown))
+    pictures = _pictures(run, picks.image_ids[shown], pixels)
     by_pick = dict(zip(shown.tolist(), pictures, strict=True))
     run.write_bytes(_fitting(facts, by_pick, seed, max_bytes), "report", "index.html")
     return run.path("report", "index.html")
@@ -109,17 +112,29 @@ def pictured(cluster_sizes: np.ndarray, seed: int, count: int) -> np.ndarray:
     return order[np.sort(np.concatenate([extremes, middle])[:count])]
 
 
-def _picture(uri: str, pixels: int) -> page.Picture:
-    if row := re.search(r"\.(?:npy|parquet)#(\d+)$", uri):
-        return page.Picture(None, f"row {int(row[1]):,}")
-    try:
-        return page.Picture(images.thumbnail(images.read(uri), size=pixels), "")
-    except images.Rejected as rejected:
-        return page.Picture(None, f"unreadable: {rejected}")
-    except FileNotFoundError:
-        return page.Picture(None, "file not found")
-    except (OSError, ValueError) as error:
-        return page.Picture(None, f"cannot be read: {getattr(error, 'strerror', None) or error}")
+def _pictures(run: Run, image_ids: np.ndarray, pixels: int) -> list[page.Picture]:
+    """Read the images of a run and shrink them; what cannot be read leaves words."""
+    rows = run.listed(image_ids)
+    own = [_own_row(row) for row in rows.select(["uri", "offset"]).to_pylist()]
+    column = run.manifest("images").what.get("images", {}).get("column")
+    of_images = rows.filter(pa.array([number is None for number in own]))
+    found = reading.fetch(of_images, run.access, column=column)
+    pictures = []
+    for number in own:
+        data = next(found) if number is None else Rejected(f"row {number:,}")
+        try:
+            if isinstance(data, Rejected):
+                raise data
+            pictures.append(page.Picture(images.thumbnail(data, size=pixels), ""))
+        except Rejected as rejected:
+            pictures.append(page.Picture(None, f"{'unreadable: ' if number is None else ''}{rejected}"))
+    return pictures
+
+
+def _own_row(row: dict[str, Any]) -> int | None:
+    """Return the number of an embedding that a person brought without an image, else None."""
+    found = re.search(r"\.(?:npy|parquet)#(\d+)$", row["uri"])
+    return int(found[1]) if found and row["offset"] is None else None
 
 
 def _smaller(picture: page.Picture, pixels: int) -> page.Picture:

@@ -149,8 +149,8 @@ def test_driver_killed_while_embedding(quiet, many_pictures, tmp_path):
 def poisonous(poison: str, deed: str):
     """Reads files, but kills its process, hangs or raises at one of them; travels to workers by value."""
 
-    def read(uri: str) -> bytes:
-        if uri.endswith(poison):
+    def read(request, access) -> bytes:
+        if request.uri.endswith(poison):
             import os
             import signal
             import time
@@ -160,7 +160,7 @@ def poisonous(poison: str, deed: str):
             if deed == "hang":
                 time.sleep(3600)
             raise ArithmeticError("no decoder expects this")
-        with open(uri, "rb") as file:  # noqa: PTH123
+        with open(request.uri, "rb") as file:  # noqa: PTH123
             return file.read()
 
     return read

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import selective_ray
-from selective_ray import config, images
+from selective_ray import config, objects
 from selective_ray.actors import pipeline
 from selective_ray.cli import app
 from selective_ray.progress import Reporter
@@ -40,7 +40,7 @@ def pictures(folder: Path, n: int = 60) -> Path:
     return folder
 
 
-def advance(run: Path | str, *, upto: str = "selection", read=images.read, source=None, **options):
+def advance(run: Path | str, *, upto: str = "selection", read=objects.read, source=None, **options):
     settings, asked = config.load(
         options={**OPTIONS, **options}, own_embeddings=bool(source and source.embeddings)
     )
@@ -114,8 +114,8 @@ def test_picks_equal_those_in_memory(undisturbed):
 def test_tables_and_manifests_keep_the_contract(undisturbed, folder):
     root = Path(undisturbed.root)
     columns = {
-        "images": "image_id uri size version",
-        "embeddings": "image_id embedding",
+        "images": "image_id uri offset length size version",
+        "embeddings": "image_id embedding digest",
         "rejected": "image_id uri reason",
         "density": "image_id mean_sq_dist",
         "clusters": "image_id cluster_id sq_dist",

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from selective_ray import charts, in_memory, page, report
+from selective_ray import charts, in_memory, listing, page, report
 from selective_ray.density import log_density
 from selective_ray.errors import UserError
 from selective_ray.schema import (
@@ -90,6 +90,7 @@ def make(
     run = Run(str(root))
     run.prepare()
     ids = np.arange(len(x)) * 2 + 1  # ids are not row numbers where images were rejected
+    listed = [name for uri in uris for name in (f"{uri} rejected", uri)]
     column = sq_dist_column(estimator)
     density = {"image_id": ids, column: selected.all_sq_dists}
     if estimator == "kth":
@@ -99,9 +100,9 @@ def make(
     lists = pa.FixedSizeListArray.from_arrays(pa.array(x.astype(dtype).ravel()), x.shape[1])
     rows = selected.rows
     tables = {
-        "images": pa.table(
-            {"image_id": ids, "uri": uris, "size": np.full(len(x), 9), "version": ["1-9"] * len(x)}, IMAGES
-        ),
+        "images": listing.table(listed, [None] * len(listed), [""] * len(listed))
+        .add_column(0, "image_id", pa.array(np.arange(len(listed))))
+        .cast(IMAGES),
         "embeddings": pa.table({"image_id": ids, "embedding": lists}, embeddings_schema(x.shape[1], dtype)),
         "rejected": pa.Table.from_pylist(
             [dict(zip(REJECTED.names, row, strict=True)) for row in rejected], REJECTED
@@ -143,7 +144,7 @@ def make(
     for table, content in tables.items():
         run.begin(table, what.get(table, {"embed": {"encoder": "<b>net</b>", "dtype": dtype}}), {})
         one = table in ("selection", "rejected")
-        step = max(1, len(content)) if one else shard_rows
+        step = max(1, len(content)) if one else shard_rows * (1 + (table == "images"))
         shards = [
             run.write_shard(table, i, content.slice(start, step))
             for i, start in enumerate(range(0, max(1, len(content)), step))

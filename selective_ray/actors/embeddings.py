@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,14 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
-from selective_ray import encoders, images
-from selective_ray.actors.session import Session, peak_memory
-from selective_ray.actors.wave import ATTEMPTS, EncoderSpec, Pixels, Range, Read, WatchedWave, place, uris_of
+from selective_ray import encoders, objects
+from selective_ray.actors.session import Session, peak_memory, unwrapped
+from selective_ray.actors.wave import (
+    ATTEMPTS,
+    EncoderSpec,
+    Pixels,
+    Placement,
+    Range,
+    Reading,
+    Seen,
+    WatchedWave,
+    Work,
+    listed,
+    place,
+)
 from selective_ray.config import Config
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter, Watch
+from selective_ray.reading import Read
 from selective_ray.store import Manifest, Run, Shard, Stopwatch
 
 # Batches that one decode task makes: enough to outweigh a task's overhead, few enough to redo.
@@ -32,12 +47,14 @@ BATCHES_PER_TASK = 8
 SHARDS_PER_WAVE = 64
 # Waves in a row without a single batch, after which the run gives up.
 FRUITLESS_WAVES = 3
+# Images seen before the share of rejected ones is judged; the end of the stage judges any number.
+ENOUGH_TO_JUDGE = 500
 PCA_FILE = "pca.npz"
 PCA_SAMPLE = 4096
 
 
 def _fitted_pca(
-    run: Run, pixels: Pixels, rows: list[int], seed: int, read: Read, patience: float
+    run: Run, pixels: Pixels, rows: list[int], seed: int, how: Reading, patience: float
 ) -> dict[str, np.ndarray]:
     """Return the components of `pca`: those kept beside the embeddings, else fitted to a seeded sample.
 
@@ -56,7 +73,7 @@ def _fitted_pca(
     reasons: Counter[str] = Counter()
     while parts:
         calls = {
-            sample_pixels.remote(run, shard, places, pixels, read): (shard, places) for shard, places in parts
+            sample_pixels.remote(run, shard, places, pixels, how): (shard, places) for shard, places in parts
         }
         parts = []
         pending = list(calls)
@@ -65,7 +82,8 @@ def _fitted_pca(
             for call in ready:
                 shard, places = calls[call]
                 try:
-                    usable, rejected = ray.get(call)
+                    with unwrapped():
+                        usable, rejected = ray.get(call)
                     reasons.update(rejected)
                     decoded[int(first[shard] + places[0])] = usable
                 except ray.exceptions.RayError:
@@ -88,14 +106,17 @@ def _fitted_pca(
 
 @ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)
 def sample_pixels(
-    run: Run, shard: int, places: np.ndarray, pixels: Pixels, read: Read
+    run: Run, shard: int, places: np.ndarray, pixels: Pixels, how: Reading
 ) -> tuple[np.ndarray, list[str]]:
     """Decode some images of a shard: those that can be, uint8 [s, h, w, 3], and why the others cannot."""
-    uris = uris_of(run.uri, shard)
-    batch, rejected = images.read_batch(
-        [uris[place] for place in places], size=pixels.size, crop=pixels.crop, read=read
-    )
-    return np.delete(batch, list(rejected), axis=0), list(rejected.values())
+    rows = listed(run, shard).take(pa.array(places))
+    usable, reasons = [np.empty((0, pixels.size, pixels.size, 3), np.uint8)], []
+    for image, _, reason in how.decoded(rows, pixels):
+        if image is None:
+            reasons.append(reason)
+        else:
+            usable.append(image[None])
+    return np.concatenate(usable), reasons
 
 
 def _nothing_usable(n: int, reasons: Counter[str]) -> str:
@@ -134,6 +155,50 @@ def _weights(encoder: str, checkpoint: str | None) -> str:
         ) from None
 
 
+class _Rejections:
+    """Counts the images seen and why some are rejected, and stops a run that goes wrong."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+        self.seen = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        # Of shards that are not written yet: their images are seen again if they are begun again.
+        self.open: dict[int, tuple[int, Counter[str]]] = {}
+
+    def add(self, shard: int, seen: int, reasons: Counter[str], examples: dict[str, list[str]]) -> None:
+        """Count some images of a shard."""
+        self.seen += seen
+        self.reasons += reasons
+        before, why = self.open.get(shard, (0, Counter()))
+        self.open[shard] = (before + seen, why + reasons)
+        for reason, uris in examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + uris)[:3]
+
+    def keep(self, shard: int) -> None:
+        """Count a shard for good: it is written."""
+        self.open.pop(shard, None)
+
+    def forget_open(self) -> None:
+        """Leave out the shards that were not written: their images will be seen again."""
+        for seen, reasons in self.open.values():
+            self.seen -= seen
+            self.reasons -= reasons
+        self.open = {}
+
+    def check(self, enough: int) -> None:
+        """Raise UserError where more than the allowed share is rejected, of at least so many images."""
+        rejected = self.reasons.total()
+        if not rejected or self.seen < enough or rejected <= self.most * self.seen:
+            return
+        reason, count = self.reasons.most_common(1)[0]
+        raise UserError(
+            f"{rejected:,} of {self.seen:,} images are rejected, more than --max-rejected {self.most:.3g}; "
+            f"most often ({count:,}): {reason}, as {', '.join(self.examples[reason])}. Mend that, or allow "
+            "more with --max-rejected, and run again to continue"
+        )
+
+
 def embed(
     run: Run,
     config: Config,
@@ -141,48 +206,87 @@ def embed(
     reporter: Reporter,
     *,
     check: Callable[[], None] = lambda: None,
-    read: Read = images.read,
+    read: Read = objects.read,
 ) -> Manifest:
     """Embed every image of `images/` into `embeddings/`, or into `rejected/` with a reason.
 
     Finished shards of earlier attempts stay. `check` is called at every shard and may raise, as a lost lease
     does. Raises UserError where nothing can be embedded or no progress is made.
     """
-    listed = run.manifest("images")
-    assert listed is not None
+    images = run.manifest("images")
+    assert images is not None
     what = identity(config)
     # The listing's content, not its place: a folder that was moved as it is makes the same embeddings.
-    inputs = {"images": listed.what["content"]}
+    inputs = {"images": images.what["content"]}
     run.begin("rejected", what, inputs)
     if done := run.begin("embeddings", what, inputs):
         return done
     stopwatch = Stopwatch(run, "embeddings")
-    rows = [shard.rows for shard in listed.shards]
+    rows = [shard.rows for shard in images.shards]
     finished = _finished(run)
     todo = {shard: n for shard, n in enumerate(rows) if shard not in finished}
+    rejections = _Rejections(config.resources.max_rejected)
+    for shard in finished:
+        rejections.add(shard, rows[shard], *_reasons(run, shard))
+        rejections.keep(shard)
     size, crop = what["embed"]["image_size"], what["embed"]["crop"]
     pixels = Pixels(size, crop, config.embed.batch)
-    memory = 0
-    with reporter.stage("embed", listed.rows, "images", listed.rows - sum(todo.values())) as bar:
+    how = Reading(config.resources.access(), images.what.get("images", {}).get("column"), read)
+    work, steady = Work(), 0.0
+    with reporter.stage("embed", images.rows, "images", images.rows - sum(todo.values())) as bar:
         if todo:
             session.start()
-            spec = _spec(run, config, pixels, rows, read)
-            for embedded, rejected, peak in _waves(run, config, todo, pixels, spec, read, bar):
+            spec = _spec(run, config, pixels, rows, how)
+            waves = _Waves(run, config, todo, pixels, spec, how, bar, rejections)
+            for embedded, rejected, shard_work in waves.shards():
                 finished[embedded.index] = (embedded, rejected)
-                memory = max(memory, peak)
+                work += shard_work
                 check()
                 stopwatch.note()
-    return _finish(run, listed, finished, stopwatch, memory)
+            steady = waves.busy_seconds
+    rejections.check(1)
+    return _finish(run, images, finished, rejections, stopwatch, work, _speed(config, work, todo, steady))
 
 
-def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], read: Read) -> EncoderSpec:
+def _speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> dict[str, Any]:
+    """Return how busy the encoders were, and how many decoding CPUs keep one busy; empty without work.
+
+    Counted from the first batch that came to the last, in this attempt.
+    """
+    n = sum(todo.values())
+    if not (n and seconds and work.decode_seconds and work.encode_seconds):
+        return {}
+    encoders_ = place(config.resources).encoders
+    busy = min(1.0, work.encode_seconds / (encoders_ * seconds))
+    return {
+        "images_per_second": round(n / seconds, 1),
+        "encoder_busy": round(busy, 3),
+        # Encoders that wait a fifth of the time wait for pixels.
+        "limit": "encoding" if busy > 0.8 else "decoding",
+        "decoded_per_cpu_second": round(n / work.decode_seconds, 1),
+        "encoded_per_encoder_second": round(n / work.encode_seconds, 1),
+        "cpus_per_encoder": round(work.decode_seconds / work.encode_seconds, 2),
+    }
+
+
+def _reasons(run: Run, shard: int) -> tuple[Counter[str], dict[str, list[str]]]:
+    """Return why images of a finished shard were rejected, and examples."""
+    reasons: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for row in run.read_shard("rejected", shard, ["uri", "reason"]).to_pylist():
+        reasons[row["reason"]] += 1
+        examples.setdefault(row["reason"], []).append(row["uri"])
+    return reasons, examples
+
+
+def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Reading) -> EncoderSpec:
     embed = config.embed
     checkpoint = embed.checkpoint and str(Path(embed.checkpoint).absolute())
     spec = EncoderSpec(embed.encoder, checkpoint, pixels.size)
     if embed.encoder != encoders.PCA:
         return spec
     patience = config.resources.start_seconds
-    return replace(spec, pca=_fitted_pca(run, pixels, rows, config.seed, read, patience))
+    return replace(spec, pca=_fitted_pca(run, pixels, rows, config.seed, how, patience))
 
 
 def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
@@ -199,54 +303,85 @@ def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
     return found
 
 
-def _waves(
-    run: Run,
-    config: Config,
-    todo: dict[int, int],
-    pixels: Pixels,
-    spec: EncoderSpec,
-    read: Read,
-    bar: Watch,
-) -> Iterator[tuple[Shard, Shard, int]]:
-    """Run waves until every shard is written; yields each as it is."""
-    step = BATCHES_PER_TASK * pixels.batch
-    ranges = {shard: Range(shard, 0, n).cut(step) for shard, n in todo.items()}
-    placement = place(config.resources)
-    fruitless = 0
-    while ranges:
-        some = list(ranges)[:SHARDS_PER_WAVE]
-        how = (pixels, spec, config.embed.dtype, placement, read)
-        wave = WatchedWave(
-            run, [r for shard in some for r in ranges[shard]], {shard: todo[shard] for shard in some}, *how
-        )
-        unfinished = 0
-        for kind, value in wave.events(config.resources.start_seconds, config.resources.stall_seconds):
-            if kind == "batch":
-                bar.advance(len(value))
-                unfinished += len(value)
-            else:
-                del ranges[value[0].index]
-                unfinished -= todo[value[0].index]
-                yield value
-        bar.advance(-unfinished)
-        for failed in wave.failed(placement.at_once):
-            if failed.reason and not wave.ended_by_itself:
-                # Nothing is read of it, so it cannot have held up a wave.
-                continue
-            if len(failed) == 1 and not wave.ended_by_itself:
-                # Its neighbors may have held it up: tried alone, it is innocent if it gets through.
-                alone = WatchedWave(run, [failed], {failed.shard: todo[failed.shard]}, *how)
-                if any(alone.events(config.resources.start_seconds, config.resources.stall_seconds)):
+class _Waves:
+    """Runs waves until every shard is written."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        todo: dict[int, int],
+        pixels: Pixels,
+        spec: EncoderSpec,
+        how: Reading,
+        bar: Watch,
+        rejections: _Rejections,
+    ) -> None:
+        self.run, self.config, self.todo = run, config, todo
+        self.pixels, self.spec, self.how = pixels, spec, how
+        self.bar, self.rejections = bar, rejections
+        # From the first batch of each wave to its end, start-up aside.
+        self.busy_seconds = 0.0
+
+    def shards(self) -> Iterator[tuple[Shard, Shard, Work]]:
+        """Yield each shard as it is written, with that of `rejected/`."""
+        step = BATCHES_PER_TASK * self.pixels.batch
+        ranges = {shard: Range(shard, 0, n).cut(step) for shard, n in self.todo.items()}
+        fruitless = 0
+        while ranges:
+            # Anew each time: nodes come and go.
+            placement = place(self.config.resources)
+            some = list(ranges)[:SHARDS_PER_WAVE]
+            wave = self._wave([r for shard in some for r in ranges[shard]], placement)
+            for kind, value in self._events(wave):
+                if kind == "batch":
+                    self._count(value)
+                else:
+                    del ranges[value[0].index]
+                    self.rejections.keep(value[0].index)
+                    yield value
+            self.bar.advance(-sum(seen for seen, _ in self.rejections.open.values()))
+            self.rejections.forget_open()
+            for failed in wave.failed(placement.at_once):
+                if failed.reason and not wave.ended_by_itself:
+                    # Nothing is read of it, so it cannot have held up a wave.
                     continue
-            ranges[failed.shard].remove(failed)
-            ranges[failed.shard] += _next_try(failed, pixels.batch)
-            ranges[failed.shard].sort(key=lambda r: r.start)
-        fruitless = 0 if wave.done else fruitless + 1
-        if fruitless >= FRUITLESS_WAVES:
-            raise UserError(
-                f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
-                "see the logs of Ray, or give it more memory, a smaller embed.batch, or fewer workers"
-            )
+                # Its neighbors may have held up a single image: alone, it is innocent if it gets through.
+                if (
+                    len(failed) == 1
+                    and not wave.ended_by_itself
+                    and any(self._events(self._wave([failed], placement)))
+                ):
+                    continue
+                ranges[failed.shard].remove(failed)
+                ranges[failed.shard] += _next_try(failed, self.pixels.batch)
+                ranges[failed.shard].sort(key=lambda r: r.start)
+            fruitless = 0 if wave.done else fruitless + 1
+            if fruitless >= FRUITLESS_WAVES:
+                raise UserError(
+                    f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
+                    "see the logs of Ray, or give it more memory, a smaller embed.batch, or fewer workers"
+                )
+
+    def _wave(self, ranges: list[Range], placement: Placement) -> WatchedWave:
+        rows = {r.shard: self.todo[r.shard] for r in ranges}
+        dtype = self.config.embed.dtype
+        return WatchedWave(self.run, ranges, rows, self.pixels, self.spec, dtype, placement, self.how)
+
+    def _events(self, wave: WatchedWave) -> Iterator[tuple[str, Any]]:
+        resources = self.config.resources
+        began = None
+        for event in wave.events(resources.start_seconds, resources.stall_seconds):
+            now = time.monotonic()
+            began = began or now
+            yield event
+            self.busy_seconds += now - began
+            began = now
+
+    def _count(self, seen: Seen) -> None:
+        self.bar.advance(len(seen.done))
+        self.rejections.add(seen.done.shard, len(seen.done), seen.rejected, seen.examples)
+        self.rejections.check(ENOUGH_TO_JUDGE)
 
 
 def _next_try(failed: Range, batch: int) -> list[Range]:
@@ -264,33 +399,36 @@ def _next_try(failed: Range, batch: int) -> list[Range]:
 
 def _finish(
     run: Run,
-    listed: Manifest,
+    images: Manifest,
     finished: dict[int, tuple[Shard, Shard]],
+    rejections: _Rejections,
     stopwatch: Stopwatch,
-    memory: int,
+    work: Work,
+    speed: dict[str, Any],
 ) -> Manifest:
     """Count, and write the manifests of `rejected/` and `embeddings/`."""
-    reasons: Counter[str] = Counter()
-    for shard, (_, rejected) in finished.items():
-        if rejected.rows:
-            reasons.update(run.read_shard("rejected", shard, ["reason"])["reason"].to_pylist())
-    embedded = sum(shard.rows for shard, _ in finished.values())
-    if embedded + reasons.total() != listed.rows:
+    embedded = sum(kept.rows for kept, _ in finished.values())
+    rejected = sum(out.rows for _, out in finished.values())
+    if embedded + rejected != images.rows:
         raise UserError(
-            f"{listed.rows} images are listed, {embedded} embedded and {reasons.total()} rejected: some were "
+            f"{images.rows} images are listed, {embedded} embedded and {rejected} rejected: some were "
             f"lost; remove {run.path('embeddings')} and {run.path('rejected')} and run again"
         )
-    peaks = {"driver": peak_memory(), "largest_worker": memory}
+    reasons: Counter[str] = Counter()
+    for shard, (_, out) in finished.items():
+        if out.rows:
+            reasons += _reasons(run, shard)[0]
+    peaks = {"driver": peak_memory(), "largest_worker": work.memory}
     if run.manifest("rejected") is None:
         run.finish(
             "rejected",
-            [rejected for _, rejected in finished.values()],
+            [out for _, out in finished.values()],
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peaks,
             summary={"reasons": dict(reasons.most_common())},
         )
     if not embedded:
-        raise UserError(_nothing_usable(listed.rows, reasons))
+        raise UserError(_nothing_usable(images.rows, reasons))
     first = next(shard for shard, (kept, _) in finished.items() if kept.rows)
     return run.finish(
         "embeddings",
@@ -299,7 +437,8 @@ def _finish(
         peak_memory_bytes=peaks,
         summary={
             "embedded": embedded,
-            "rejected": reasons.total(),
+            "rejected": rejected,
             "dimension": run.read_embeddings(first)[1].shape[1],
+            **speed,
         },
     )

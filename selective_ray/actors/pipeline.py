@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from selective_ray import images, report
-from selective_ray.actors import density, embeddings, kmeans, selection
-from selective_ray.actors.images import bring_file, list_folder, refer_to_run
+from selective_ray import listing, objects, report
+from selective_ray.actors import density, duplicates, embeddings, kmeans, selection
+from selective_ray.actors.images import bring_file, list_source, refer_to_run
 from selective_ray.actors.session import Session
 from selective_ray.actors.shards import Pool
-from selective_ray.actors.wave import Read
 from selective_ray.config import Config
 from selective_ray.density import possible_k
 from selective_ray.errors import UserError
 from selective_ray.lease import Lease
+from selective_ray.objects import Access
 from selective_ray.progress import Reporter
+from selective_ray.reading import Read
 from selective_ray.store import TABLES, Run
 
 
@@ -36,14 +37,14 @@ def advance(
     *,
     upto: str,
     address: str | None = None,
-    read: Read = images.read,
+    read: Read = objects.read,
 ) -> None:
     """Bring a run up to a table (embeddings, density, clusters or selection), doing only what is missing.
 
     `selection` adds the report. asked are the keys of the configuration that a person chose. Raises
     UserError where the run is in use, was made with another configuration, or the data do not allow it.
     """
-    earlier = _earlier_run(source)
+    earlier = _earlier_run(source, config.resources.access())
     run.prepare()
     with Lease(run, reporter.say) as lease, Session(address) as session:
         if earlier:
@@ -51,13 +52,15 @@ def advance(
         elif source.embeddings:
             bring_file(run, source.embeddings, config, reporter)
         else:
-            listed = list_folder(run, source.images or "", config, reporter)
+            chosen = listing.Source(source.images or "", **config.images.model_dump())
+            listed = list_source(run, chosen, config, session, reporter)
             if upto in ("clusters", "selection"):
                 _check_budget(config, listed.rows, "images found")
             if upto in ("density", "selection"):
                 settings = config.density
                 possible_k(settings.k, listed.rows, settings.include_self, "density.k" in asked)
             embeddings.embed(run, config, session, reporter, check=lease.check, read=read)
+            duplicates.find(run, session)
         if upto in ("clusters", "selection"):
             _check_budget(config, run.manifest("embeddings").rows, "embedded images")
         pool = Pool(run, config.resources.workers, session)
@@ -74,11 +77,11 @@ def advance(
                 write_report(run, config.seed, reporter)
 
 
-def _earlier_run(source: Source) -> Run | None:
+def _earlier_run(source: Source, access: Access) -> Run | None:
     """Return the run that --embeddings names, None where it names a file."""
     if not source.embeddings or source.embeddings.endswith((".npy", ".parquet")):
         return None
-    earlier = Run(source.embeddings)
+    earlier = Run(source.embeddings, access)
     if earlier.manifest("embeddings") is None:
         raise UserError(
             f"{source.embeddings} is neither a .npy or .parquet file nor a run with finished embeddings; "
@@ -110,14 +113,16 @@ def summarize(run: Run) -> dict[str, Any]:
     manifests = {table: run.manifest(table) for table in TABLES}
     found = {table: manifest for table, manifest in manifests.items() if manifest}
     counts: dict[str, Any] = {}
-    for table in ("images", "embeddings", "rejected", "clusters", "selection"):
+    for table in ("images", "embeddings", "rejected", "duplicates", "clusters", "selection"):
         if table in found:
             counts |= {key: value for key, value in found[table].summary.items() if key != "version"}
     return {
         "run": run.uri,
         **counts,
-        # `rejected` is made together with `embeddings`.
-        "made_here": [table for table in found if table != "rejected" and not found[table].refers_to],
+        # `rejected` and `duplicates` are made together with `embeddings`.
+        "made_here": [
+            table for table in found if table not in ("rejected", "duplicates") and not found[table].refers_to
+        ],
         "seconds": {table: manifest.seconds for table, manifest in found.items()},
         "report": run.path("report", "index.html") if run.exists("report", "index.html") else None,
     }

@@ -79,7 +79,7 @@ def select(
     table = pa.table(
         {
             "image_id": picks.image_ids,
-            "uri": _uris(run, picks.image_ids),
+            "uri": run.listed(picks.image_ids)["uri"],
             "cluster_id": picks.cluster_ids,
             column: _in_place(places, sq_dists),
             "repulsion": _in_place(places, repulsions),
@@ -105,21 +105,6 @@ def _half_counts(pool: Pool, column: str, high: int | None) -> np.ndarray:
 def _in_place(places: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
     """Put what the actors answered in the order of the picks."""
     return np.concatenate(values)[np.argsort(np.concatenate(places))]
-
-
-def _uris(run: Run, image_ids: np.ndarray) -> list[str]:
-    """Look up uris, reading one shard of `images/` at a time and only those that hold a pick."""
-    images = run.manifest("images")
-    assert images is not None
-    # Image ids are dense and ascending over the shards.
-    ends = np.cumsum([shard.rows for shard in images.shards])
-    shards = np.searchsorted(ends, image_ids, side="right")
-    uris = np.empty(len(image_ids), object)
-    for shard in np.unique(shards):
-        here = shards == shard
-        within = image_ids[here] - (ends[shard] - images.shards[shard].rows)
-        uris[here] = run.read_shard("images", int(shard), ["uri"])["uri"].take(pa.array(within)).to_pylist()
-    return uris.tolist()
 
 
 def _csv(table: pa.Table) -> bytes:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +22,23 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import encoders, images
+from selective_ray import encoders, reading
 from selective_ray.actors.images import table_of
 from selective_ray.actors.session import cpus, gpus, peak_memory, unwrapped
 from selective_ray.config import Resources
 from selective_ray.errors import UserError
+from selective_ray.objects import Access
+from selective_ray.reading import Read
 from selective_ray.schema import REJECTED, embeddings_schema
 from selective_ray.store import Run, Shard
 
 # Attempts at a range of images, or at a single one, before Ray Data drops it.
 ATTEMPTS = 3
 
-Read = Callable[[str], bytes]
+# What a decoder takes besides the pixels that it passes on: its own libraries, and what it reads ahead.
+DECODE_MEMORY = 512 * 2**20 + reading.AHEAD_BYTES
+# What a network and its activations take, where nothing else is asked for.
+ENCODE_MEMORY = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,35 @@ class Range:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How files become batches: image size, crop, rows of a padded batch."""
+    """How images become batches: their size, crop, and rows of a padded batch."""
 
     size: int
     crop: float
     batch: int
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How images are read: the way to the stores, the column of Parquet files, and what reads a request."""
+
+    access: Access
+    column: str | None
+    read: Read
+
+    def decoded(self, rows: pa.Table, pixels: Pixels) -> Iterator[tuple[np.ndarray | None, bytes, str]]:
+        """Read and decode rows of a listing, as `reading.decoded` does."""
+        how = {"access": self.access, "column": self.column, "read": self.read}
+        return reading.decoded(rows, size=pixels.size, crop=pixels.crop, **how)
+
+
 @functools.lru_cache(maxsize=2)
-def uris_of(run_uri: str, shard: int) -> list[str]:
-    """Return the uris of a shard of `images/`, kept for the next ranges of the same shard."""
-    return Run(run_uri).read_shard("images", shard, ["uri"])["uri"].to_pylist()
+def listed(run: Run, shard: int) -> pa.Table:
+    """Return a shard of `images/`, kept for the next ranges of the same shard."""
+    return run.read_shard("images", shard)
 
 
 def decode_range(
-    row: dict[str, np.ndarray], run: Run, pixels: Pixels, read: Read
+    row: dict[str, np.ndarray], run: Run, pixels: Pixels, how: Reading
 ) -> Iterator[dict[str, Any]]:
     """Read and decode one range; yields its batches as rows of one, each image at its fixed slot.
 
@@ -83,28 +104,38 @@ def decode_range(
     """
     shard, start, stop = (int(row[name][0]) for name in ("shard", "start", "stop"))
     given_up = str(row["reason"][0])
-    uris = uris_of(run.uri, shard)
+    stream = how.decoded(listed(run, shard).slice(start, 0 if given_up else stop - start), pixels)
     for first in range(start - start % pixels.batch, stop, pixels.batch):
         here = range(max(start, first), min(stop, first + pixels.batch))
         batch = np.zeros((1, pixels.batch, pixels.size, pixels.size, 3), np.uint8)
         slots = np.zeros((1, pixels.batch), bool)
-        inside = slice(here[0] - first, here[-1] + 1 - first)
-        slots[0, inside] = True
-        if given_up:
-            reasons = dict.fromkeys(here, given_up)
-        else:
-            batch[0, inside], rejected = images.read_batch(
-                [uris[i] for i in here], size=pixels.size, crop=pixels.crop, read=read
-            )
-            reasons = {here[slot]: reason for slot, reason in rejected.items()}
+        slots[0, here[0] - first : here[-1] + 1 - first] = True
+        digests = np.zeros((1, pixels.batch, len(reading.NO_DIGEST)), np.uint8)
+        reasons = dict.fromkeys(here, given_up) if given_up else {}
+        refusal, began = "", time.process_time()
+        try:
+            for position, (image, digest, reason) in zip(here, stream, strict=False):
+                digests[0, position - first] = np.frombuffer(digest, np.uint8)
+                if image is None:
+                    reasons[position] = reason
+                else:
+                    batch[0, position - first] = image
+        except UserError as error:
+            # Raised here, Ray would try the range again.
+            refusal = str(error)
         yield {
             "shard": [shard],
             "start": [first],
             "pixels": batch,
             "slots": slots,
+            "digests": digests,
             "rejected": [json.dumps(reasons)],
+            "refusal": [refusal],
             "memory": [peak_memory()],
+            "decode_seconds": [time.process_time() - began],
         }
+        if refusal:
+            return
 
 
 @dataclass(frozen=True)
@@ -140,20 +171,23 @@ class Encode:
             # Raised here, Ray would start the actor again; so it answers every batch with the reason.
             self.refusal = str(error)
 
-    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Encode a row of one batch; pixels make room for embeddings float32 [1, batch, d]."""
-        if self.refusal:
-            embedding = np.zeros((len(row["slots"][0]), 1), np.float32)
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Encode a block of k batches; pixels make room for embeddings float32 [k, batch, d]."""
+        began = time.monotonic()
+        refusals = [self.refusal or str(refusal) for refusal in block["refusal"]]
+        if any(refusals):
+            embeddings = np.zeros((*block["slots"].shape, 1), np.float32)
         else:
-            embedding = self.encoder.encode(row["pixels"][0])
-        memory = max(int(row["memory"][0]), peak_memory())
-        kept = {name: row[name] for name in ("shard", "start", "slots", "rejected")}
+            embeddings = np.stack([self.encoder.encode(pixels) for pixels in block["pixels"]])
+        seconds = (time.monotonic() - began) / len(refusals)
+        passed_on = ("shard", "start", "slots", "digests", "rejected", "decode_seconds")
         return {
-            **kept,
-            "embedding": embedding[None],
-            "memory": [memory],
-            "device": [self.device],
-            "refusal": [self.refusal],
+            **{name: block[name] for name in passed_on},
+            "embedding": embeddings,
+            "memory": [max(int(memory), peak_memory()) for memory in block["memory"]],
+            "encode_seconds": [seconds] * len(refusals),
+            "device": [self.device] * len(refusals),
+            "refusal": refusals,
         }
 
 
@@ -162,20 +196,30 @@ class _Open:
 
     def __init__(self, rows: int) -> None:
         self.x = np.empty((rows, 0), np.float32)
+        self.digests = np.zeros((rows, len(reading.NO_DIGEST)), np.uint8)
         self.done = np.zeros(rows, bool)
         self.rejected: dict[int, str] = {}
         self.device = "cpu"
 
-    def add(self, start: int, slots: np.ndarray, embedding: np.ndarray, rejected: dict[int, str]) -> None:
-        """Take the slots of a batch that belong to its range."""
+    def add(
+        self,
+        start: int,
+        slots: np.ndarray,
+        embedding: np.ndarray,
+        digests: np.ndarray,
+        rejected: dict[int, str],
+    ) -> dict[int, str]:
+        """Take the slots of a batch that belong to its range; returns all that are rejected of them."""
         if not self.x.size:
             self.x = np.empty((len(self.done), embedding.shape[1]), np.float32)
         slot = np.flatnonzero(slots)
         self.x[start + slot] = embedding[slot]
+        self.digests[start + slot] = digests[slot]
         self.done[start + slot] = True
-        self.rejected |= rejected
-        for position in start + slot[~np.isfinite(embedding[slot]).all(axis=1)]:
-            self.rejected.setdefault(int(position), "the encoder gives no direction for it")
+        nothing = start + slot[~np.isfinite(embedding[slot]).all(axis=1)]
+        reasons = dict.fromkeys(nothing.tolist(), "the encoder gives no direction for it") | rejected
+        self.rejected |= reasons
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -187,6 +231,8 @@ class Placement:
     decode_cpus: float
     gpus: float
     device: str
+    encode_memory: float
+    decode_memory: float
 
     @property
     def at_once(self) -> int:
@@ -209,11 +255,48 @@ def place(resources: Resources) -> Placement:
                 f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
             )
         encoders_ = resources.workers or max(1, int(gpus() / per_worker))
-        return Placement(encoders_, 0.1, min(1.0, cpus() - 0.1 * encoders_), per_worker, "cuda")
+        shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
+        return Placement(encoders_, *shares, per_worker, "cuda", *_memory(resources, encoders_))
     encoders_ = resources.workers or cpus()
     # At least one decoder must find room beside all encoders.
     share = min(0.5, cpus() / (encoders_ + 1))
-    return Placement(encoders_, share, share, 0.0, "cpu")
+    return Placement(encoders_, share, share, 0.0, "cpu", *_memory(resources, encoders_))
+
+
+def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:
+    """Return what an encoder and a decoder state; less where the cluster has not that much.
+
+    A process that states nothing is started beside others until the machine has no memory left.
+    """
+    encode = ENCODE_MEMORY if resources.memory is None else resources.memory * 2**30
+    there = 0.9 * ray.cluster_resources().get("memory", 0.0)
+    less = min(1.0, there / (encoders_ * encode + cpus() * DECODE_MEMORY))
+    return encode * less, DECODE_MEMORY * less
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a batch: its images, those rejected, and up to a few of these as reason and uri."""
+
+    done: Range
+    rejected: Counter[str]
+    examples: dict[str, list[str]]
+
+
+@dataclass
+class Work:
+    """What a shard cost: seconds of decoding and encoding, and the largest process so far, in bytes."""
+
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    memory: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.decode_seconds + other.decode_seconds,
+            self.encode_seconds + other.encode_seconds,
+            max(self.memory, other.memory),
+        )
 
 
 @ray.remote(num_cpus=0)
@@ -229,29 +312,33 @@ class Wave:
         spec: EncoderSpec,
         dtype: str,
         placement: Placement,
-        read: Read,
+        how: Reading,
     ) -> Iterator[tuple[str, Any]]:
-        """Yield ("batch", Range), ("shard", (Shard, Shard of rejected, memory)), at last ("end", None)."""
+        """Yield ("batch", Seen), ("shard", (Shard, Shard of rejected, Work)), and ("end", None) at last."""
         opened = {shard: _Open(n) for shard, n in rows.items()}
-        memory = 0
-        for block in self._batches(run, ranges, pixels, spec, placement, read):
+        work = Work()
+        for block in self._batches(run, ranges, pixels, spec, placement, how):
             for i, shard in enumerate(block["shard"].tolist()):
                 if block["refusal"][i]:
                     raise UserError(str(block["refusal"][i]))
                 open_shard = opened[shard]
-                reasons = {int(slot): reason for slot, reason in json.loads(block["rejected"][i]).items()}
-                open_shard.add(int(block["start"][i]), block["slots"][i], block["embedding"][i], reasons)
+                first, slots = int(block["start"][i]), block["slots"][i]
+                reasons = {int(place): reason for place, reason in json.loads(block["rejected"][i]).items()}
+                reasons |= open_shard.add(first, slots, block["embedding"][i], block["digests"][i], reasons)
                 open_shard.device = str(block["device"][i])
-                memory = max(memory, int(block["memory"][i]), peak_memory())
-                slots = np.flatnonzero(block["slots"][i]) + int(block["start"][i])
-                yield "batch", Range(shard, int(slots[0]), int(slots[-1]) + 1)
+                work.decode_seconds += float(block["decode_seconds"][i])
+                work.encode_seconds += float(block["encode_seconds"][i])
+                work.memory = max(work.memory, int(block["memory"][i]), peak_memory())
+                places = np.flatnonzero(slots) + first
+                yield "batch", _seen(run, Range(shard, int(places[0]), int(places[-1]) + 1), reasons)
                 if open_shard.done.all():
-                    yield "shard", (*_write(run, shard, opened.pop(shard), dtype), memory)
+                    yield "shard", (*_write(run, shard, opened.pop(shard), dtype), work)
+                    work = Work(memory=work.memory)
         yield "end", None
 
     @staticmethod
     def _batches(
-        run: Run, ranges: list[Range], pixels: Pixels, spec: EncoderSpec, placement: Placement, read: Read
+        run: Run, ranges: list[Range], pixels: Pixels, spec: EncoderSpec, placement: Placement, how: Reading
     ) -> Iterator[dict[str, np.ndarray]]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -264,39 +351,51 @@ class Wave:
             for r in ranges
         ]
         decoded = ray.data.from_arrow(plan).map_batches(
-            functools.partial(decode_range, run=run, pixels=pixels, read=read),
+            functools.partial(decode_range, run=run, pixels=pixels, how=how),
             batch_size=1,
             num_cpus=placement.decode_cpus,
+            memory=placement.decode_memory,
             max_retries=ATTEMPTS - 1,
         )
         encoded = decoded.map_batches(
             Encode,
             fn_constructor_args=(spec, placement.device),
-            batch_size=1,
+            batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=placement.encoders),
             num_cpus=placement.encode_cpus,
             num_gpus=placement.gpus,
+            memory=placement.encode_memory,
             max_task_retries=ATTEMPTS - 1,
         )
         # Prefetching would hold back each batch until the next one came.
         yield from encoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
 
 
+def _seen(run: Run, done: Range, reasons: dict[int, str]) -> Seen:
+    examples: dict[str, list[str]] = {}
+    uris = listed(run, done.shard)["uri"]
+    for place, reason in reasons.items():
+        if len(some := examples.setdefault(reason, [])) < 3:
+            some.append(uris[place].as_py())
+    return Seen(done, Counter(reasons.values()), examples)
+
+
 def _write(run: Run, shard: int, content: _Open, dtype: str) -> tuple[Shard, Shard]:
     """Write one shard of `rejected/` and then of `embeddings/`, so that the second tells of both."""
-    listed = run.read_shard("images", shard, ["image_id", "uri"])
-    ids = listed["image_id"].to_numpy()
+    rows = listed(run, shard)
+    ids = rows["image_id"].to_numpy()
     out = sorted(content.rejected)
     reasons = pa.table(
         {
             "image_id": ids[out],
-            "uri": listed["uri"].take(pa.array(out, pa.int64())),
+            "uri": rows["uri"].take(pa.array(out, pa.int64())),
             "reason": [content.rejected[i] for i in out],
         },
         REJECTED,
     )
     kept = np.setdiff1d(np.arange(len(ids)), out)
-    table = table_of(ids[kept], content.x[kept], embeddings_schema(content.x.shape[1], dtype))
+    schema = embeddings_schema(content.x.shape[1], dtype, digest=True)
+    table = table_of(ids[kept], content.x[kept], schema, content.digests[kept])
     rejected = run.write_shard("rejected", shard, reasons)
     return run.write_shard("embeddings", shard, table, content.device), rejected
 
@@ -331,7 +430,7 @@ class WatchedWave:
                     self.ending = "the end of its images"
                     return
                 if kind == "batch":
-                    self.done.setdefault(value.shard, {})[value.start] = value.stop
+                    self.done.setdefault(value.done.shard, {})[value.done.start] = value.done.stop
                 yield kind, value
         except StopIteration:
             self.ending = "an early end of its events"
