@@ -1,11 +1,9 @@
-"""Listing, reading and decoding images: by hand, against torchvision, and fuzzed."""
+"""Decoding images: by hand, against torchvision, and fuzzed."""
 
 import io
-import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import paint
@@ -15,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from selective_ray import images
-from selective_ray.errors import UsageError, UserError
-from selective_ray.images import Rejected, decode, list_images, read, read_batch, thumbnail
+from selective_ray.images import Rejected, decode, thumbnail
 
 PIXELS = paint.picture()
 
@@ -34,115 +31,6 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
 def center(data: bytes) -> tuple[int, ...]:
     """The color in the middle of a flat image."""
     return tuple(int(value) for value in decode(data, size=8, crop=0.875)[4, 4])
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-
-
-# Listing
-
-
-def test_listing_is_sorted_recursive_and_blind_to_hidden_and_other_files(tmp_path):
-    touch(tmp_path, "b.jpg", "a/z.PNG", "a/é.Jpeg", "B.gif", "notes.txt", "a/.hidden.jpg", ".git/x.jpg")
-    table = list_images(str(tmp_path))
-    assert table.schema.names == ["uri", "size", "version"]
-    assert [str(t) for t in table.schema.types] == ["string", "int64", "string"]
-    expected = [str(tmp_path / name) for name in ("B.gif", "a/z.PNG", "a/é.Jpeg", "b.jpg")]
-    assert table["uri"].to_pylist() == expected
-    status = (tmp_path / "B.gif").stat()
-    assert table["size"].to_pylist() == [1, 1, 1, 1]
-    assert table["version"][0].as_py() == f"{status.st_mtime_ns}-1"
-
-
-NAMES = [
-    "a b.jpg",
-    "quote'\".jpg",
-    "new\nline.jpg",
-    "<script>.jpg",
-    "naïve-漢字.jpg",
-    "100%41.jpg",
-    "file:.jpg",
-]
-
-
-def test_any_name_is_listed_and_read_back(tmp_path):
-    for i, name in enumerate(NAMES):
-        (tmp_path / name).write_bytes(bytes([i]))
-    uris = list_images(str(tmp_path))["uri"].to_pylist()
-    assert uris == sorted(str(tmp_path / name) for name in NAMES)
-    assert [read(uri)[0] for uri in uris] == [NAMES.index(Path(uri).name) for uri in uris]
-
-
-def test_names_that_are_not_utf8_become_percent_encoded_uris(tmp_path):
-    try:
-        (tmp_path / os.fsdecode(b"caf\xff %41.jpg")).write_bytes(b"raw")
-    except OSError:
-        pytest.skip("this file system stores UTF-8 names only")
-    (uri,) = list_images(str(tmp_path))["uri"].to_pylist()
-    assert uri == f"file://{tmp_path}/caf%FF%20%2541.jpg"
-    assert read(uri) == b"raw"
-
-
-def test_sources_may_be_file_uris_and_relative_paths(tmp_path, monkeypatch):
-    touch(tmp_path, "my images/a.jpg")
-    expected = [str(tmp_path / "my images/a.jpg")]
-    monkeypatch.chdir(tmp_path)
-    for source in (
-        f"file://{tmp_path}/my%20images",
-        f"file://localhost{tmp_path}/my%20images",
-        "x/../my images/",
-    ):
-        assert list_images(source)["uri"].to_pylist() == expected
-
-
-@pytest.mark.parametrize("source", ["s3://bucket/images", "gs://b", "https://host/x", "file://host/x", ""])
-def test_sources_elsewhere_are_wrong_usage(source):
-    with pytest.raises(UsageError, match="local folders"):
-        list_images(source)
-
-
-def test_what_cannot_be_listed_gets_a_sentence_with_the_remedy(tmp_path, monkeypatch):
-    touch(tmp_path, "texts/a.txt", "texts/b.csv", "texts/in/README", "one.jpg")
-    (tmp_path / "empty/in").mkdir(parents=True)
-    cases = {
-        "missing": r"there is no folder .*missing; check the path",
-        "one.jpg": "one.jpg is a file, not a folder; give the folder",
-        "one.jpg/x": "there is no folder",
-        "empty": "empty is empty; give one that holds images",
-        "texts": r"none of the 3 files in .*texts is an image; .*\.jpg \.jpeg .*: rename them, or",
-    }
-    for name, sentence in cases.items():
-        with pytest.raises(UserError, match=sentence) as caught:
-            list_images(str(tmp_path / name))
-        assert not isinstance(caught.value, UsageError)
-
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", folder)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"cannot list .*texts: permission denied; make it readable"):
-        list_images(str(tmp_path / "texts"))
-
-
-def test_links_are_followed_once_and_never_in_circles(tmp_path):
-    touch(tmp_path, "data/a/1.jpg", "data/b/2.jpg", "elsewhere/3.jpg", "elsewhere/in/4.jpg")
-    data = tmp_path / "data"
-    (data / "a/again").symlink_to(data)  # up
-    (data / "above").symlink_to(tmp_path)
-    (data / "aa").symlink_to(data / "b")  # sideways: the folder keeps its own name
-    (data / "n").symlink_to(tmp_path / "elsewhere")
-    (data / "m").symlink_to(tmp_path / "elsewhere")
-    (data / "link.jpg").symlink_to(tmp_path / "elsewhere/3.jpg")
-    (data / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
-    uris = list_images(str(data))["uri"].to_pylist()
-    expected = ["a/1.jpg", "b/2.jpg", "broken.jpg", "link.jpg", "m/3.jpg", "m/in/4.jpg"]
-    assert uris == [str(data / name) for name in expected]
-    _, reasons = read_batch([str(data / "broken.jpg")], size=8, crop=1.0)
-    assert reasons == {0: "file not found"}
 
 
 def test_images_needs_neither_torch_nor_ray():
@@ -263,6 +151,170 @@ def test_broken_orientation_leaves_the_image_as_it_is():
     assert apart(decode(data, size=32, crop=0.875), decode(paint.jpeg(PIXELS), size=32, crop=0.875)) == 0
 
 
+# Scaled decoding
+
+
+def photograph(width: int, height: int) -> np.ndarray:
+    """Waves of many lengths and a fine grain: a picture that shows what a shift of half a pixel does."""
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(columns / a + rows / b) for a, b in ((9, 31), (57, -23), (-15, 11))]
+    grain = np.random.default_rng(3).normal(0, 4, (height, width, 3))
+    return np.clip(128 + 38 * np.stack(waves, axis=2) + grain, 0, 255).astype(np.uint8)
+
+
+def whole(data: bytes, **options) -> np.ndarray:
+    """What decode returns where all pixels are decoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "MARGIN", 1e9)
+        return decode(data, **options)
+
+
+@pytest.fixture
+def drafted(monkeypatch):
+    """The sizes of the JPEGs that are loaded, as they come."""
+    load, sizes = ImageFile.ImageFile.load, []
+
+    def noted(image):
+        if image.tile:
+            sizes.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", noted)
+    return sizes
+
+
+def test_a_large_jpeg_is_decoded_near_the_size_that_is_needed(drafted):
+    data = paint.jpeg(np.zeros((1000, 1200, 3), np.uint8))
+    # The shorter side is 1000, and the margin 1.5: up to 83 it is worth an eighth, and so on.
+    cases = {83: (150, 125), 84: (300, 250), 166: (300, 250), 167: (600, 500), 333: (600, 500)}
+    for size, expected in cases.items():
+        decode(data, size=size, crop=1.0)
+        assert drafted.pop() == expected
+    for size in (334, 1000, 1500):
+        decode(data, size=size, crop=1.0)
+        assert drafted.pop() == (1200, 1000)
+    thumbnail(data, size=100)
+    assert drafted.pop() == (150, 125)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 600))
+def test_a_draft_never_has_fewer_pixels_than_needed(width, height, needed):
+    image = Image.open(io.BytesIO(TINY))
+    image._size = (width, height)
+    image.tile = [image.tile[0]._replace(extents=(0, 0, width, height))]
+    scale = images._draft(image, min(width, height) / needed / images.MARGIN)
+    assert scale in (1, 2, 4, 8)
+    assert image.size == (-(-width // scale), -(-height // scale))
+    assert scale == 1 or min(image.size) >= images.MARGIN * needed
+    assert scale == 8 or min(width, height) < 2 * scale * images.MARGIN * needed
+
+
+TINY = paint.jpeg(PIXELS)
+
+
+@pytest.mark.parametrize("shape", [(801, 603), (603, 801), (640, 480), (1999, 130), (777, 777)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}])
+def test_scaled_decoding_is_close_to_whole_decoding(shape, options):
+    data = saved(Image.fromarray(photograph(*shape)), "JPEG", **{"quality": 95, "subsampling": 0, **options})
+    for size, crop in ((32, 0.875), (40, 1.0)):
+        expected = whole(data, size=size, crop=crop).astype(int)
+        difference = np.abs(decode(data, size=size, crop=crop) - expected)
+        assert difference.mean() < 1 and difference.max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", [(601, 405), (403, 607)])
+def test_orientation_is_undone_of_scaled_images(orientation, shape, drafted):
+    pixels = photograph(*shape)
+    expected = decode(paint.png(pixels), size=32, crop=0.875).astype(int)
+    drafted.clear()
+    difference = np.abs(decode(paint.oriented(pixels, orientation), size=32, crop=0.875) - expected)
+    assert max(drafted[0]) < 310  # scaled indeed
+    # The sides do not divide by the scale: half a pixel of what lies beyond them would shift the waves.
+    assert difference.mean() < 1.2 and difference.max() <= 10
+    small = Image.open(io.BytesIO(thumbnail(paint.oriented(pixels, orientation), size=60)))
+    # The shorter side of a scaled image is rounded twice.
+    assert (max(small.size), min(small.size)) in ((60, 40), (60, 41))
+    assert (small.width > small.height) == (shape[0] > shape[1])
+
+
+def test_the_frame_of_a_scaled_image_is_exact():
+    """Marked corners, by hand: 11 x 6 at a quarter is 3 x 2 pixels, of which 2.75 x 1.5 are the image."""
+    pixels = Image.new("RGB", (3, 2))
+    pixels.putpixel((0, 0), (255, 0, 0))  # where the image begins
+    for orientation, (x, y) in {
+        None: (0, 0),
+        2: (0.25, 0),
+        3: (0.25, 0.5),
+        4: (0, 0.5),
+        5: (0, 0),
+        6: (0.5, 0),
+        7: (0.5, 0.25),
+        8: (0, 0.25),
+    }.items():
+        got = images._upright(pixels, (11, 6), 4, orientation)
+        sides = (6, 11) if orientation in (5, 6, 7, 8) else (11, 6)
+        assert (got.width, got.height, got.scale) == (*sides, 4) and (got.x, got.y) == (x, y)
+        # What lies beyond is opposite to the corner where the stored image begins.
+        red = np.argwhere(np.asarray(got.image)[:, :, 0])[0]
+        assert (red[1] > 0) == (x > 0) and (red[0] > 0) == (y > 0)
+
+
+def test_the_crop_is_that_of_the_whole_image(monkeypatch):
+    resize, boxes = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, *args: boxes.append(args[2]) or resize(image, *args)
+    )
+    for shape in ((1003, 401), (401, 1003), (403, 401)):
+        for size, scale in ((20, 8), (50, 4), (100, 2)):
+            data = paint.jpeg(np.zeros((*shape, 3), np.uint8))
+            whole(data, size=size, crop=1.0)
+            decode(data, size=size, crop=1.0)
+            expected, got = np.array(boxes[-2]), np.array(boxes[-1])
+            assert np.allclose(got * scale, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "inverted", "gray", "multi-picture"])
+def test_every_kind_of_jpeg_is_scaled_alike(kind, drafted):
+    image = Image.fromarray(photograph(640, 480))
+    if kind == "gray":
+        data = saved(image.convert("L"), "JPEG", quality=95)
+    elif kind == "multi-picture":
+        data = saved(image, "MPO", quality=95, save_all=True, append_images=[image.rotate(180)])
+    else:
+        data = saved(image.convert("CMYK"), "JPEG", quality=95)
+        if kind == "inverted":
+            data = data.replace(b"Adobe", b"other")
+    expected = whole(data, size=32, crop=0.875).astype(int)
+    difference = np.abs(decode(data, size=32, crop=0.875) - expected)
+    assert drafted == [(640, 480), (80, 60)]
+    assert difference.mean() < 1 and difference.max() <= 8
+
+
+def test_images_below_twice_the_target_are_decoded_whole():
+    for shape in ((127, 150), (96, 64), (64, 64), (10, 12)):
+        data = paint.jpeg(photograph(*shape))
+        assert np.array_equal(decode(data, size=64, crop=1.0), whole(data, size=64, crop=1.0))
+
+
+def test_the_pixel_limit_is_that_of_the_whole_image(monkeypatch):
+    data = paint.jpeg(photograph(640, 480))
+    monkeypatch.setattr(images, "MAX_PIXELS", 640 * 480 - 1)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    for use in (lambda: decode(data, size=8, crop=1.0), lambda: thumbnail(data, size=8)):
+        with pytest.raises(Rejected, match="too many pixels: 640 x 480"):
+            use()
+
+
+def test_truncated_images_are_refused_at_any_scale():
+    for options in ({}, {"progressive": True}):
+        data = paint.jpeg(photograph(640, 480), **options)[:-2000]
+        for size in (8, 400):
+            with pytest.raises(Rejected, match="truncated"):
+                decode(data, size=size, crop=1.0)
+
+
 # Refusing
 
 
@@ -360,37 +412,6 @@ def test_damage_anywhere_is_refused_or_decoded(data, where, cut, noise):
 
 
 # Batches and thumbnails
-
-
-def test_a_batch_keeps_slots_and_says_why(tmp_path):
-    sound, broken = paint.kinds(tmp_path / "sound"), paint.broken(tmp_path / "broken")
-    contents = {path: path.read_bytes() for path in (*sound.values(), *broken.values())}
-    uris = [
-        str(sound["rgb.png"]),
-        str(broken["empty.jpg"]),
-        str(tmp_path / "gone.jpg"),
-        str(tmp_path),
-        str(sound["la.png"]),
-    ]
-    pixels, reasons = read_batch(uris, size=16, crop=0.875)
-    assert reasons == {1: "empty file", 2: "file not found", 3: "cannot be read: Is a directory"}
-    assert pixels.shape == (5, 16, 16, 3) and pixels.dtype == np.uint8
-    assert not pixels[1:4].any()
-    for slot in (0, 4):
-        assert np.array_equal(pixels[slot], decode(read(uris[slot]), size=16, crop=0.875))
-    again, _ = read_batch(uris, size=16, crop=0.875)
-    assert np.array_equal(pixels, again)
-    assert contents == {path: path.read_bytes() for path in contents}
-
-
-def test_a_batch_takes_its_own_reader():
-    def refuse(uri):
-        raise PermissionError(13, "Permission denied")
-
-    _, reasons = read_batch(["a", "b"], size=4, crop=1.0, read=refuse)
-    assert reasons == {0: "permission denied", 1: "permission denied"}
-    pixels, reasons = read_batch([], size=4, crop=1.0)
-    assert pixels.shape == (0, 4, 4, 3) and reasons == {}
 
 
 def test_thumbnails_are_small_upright_jpegs(tmp_path):
