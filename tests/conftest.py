@@ -30,6 +30,15 @@ def two_cpus():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """An S3 server for all tests that ask for one; each makes a bucket of its own."""
+    import s3
+
+    with s3.server() as endpoint:
+        yield endpoint
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
