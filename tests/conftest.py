@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -18,6 +19,8 @@ def two_cpus():
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    # Workers find them as they would find a role's; the endpoint comes with the run.
+    os.environ |= s3.credentials()
     ray.init(
         address="local",
         num_cpus=2,
@@ -33,8 +36,6 @@ def two_cpus():
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """An S3 server for all tests that ask for one; each makes a bucket of its own."""
-    import s3
-
     with s3.server() as endpoint:
         yield endpoint
 

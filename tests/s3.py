@@ -78,17 +78,19 @@ def client(endpoint: str, *, attempts: int = 4, timeout: float = 10, **options: 
     )
 
 
-def environment(endpoint: str) -> dict[str, str]:
-    """The variables by which boto3, obstore and pyarrow find the server and credentials for it."""
+def credentials() -> dict[str, str]:
+    """The variables by which clients find credentials for the server."""
     return {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": REGION,
-        "AWS_REGION": REGION,
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ALLOW_HTTP": "true",  # obstore
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """The same with the server itself, also as obstore's own variables have it."""
+    return credentials() | {"AWS_REGION": REGION, "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"}
 
 
 def fill(endpoint: str, bucket: str, objects: dict[str, bytes]) -> dict[str, str]:

@@ -17,9 +17,8 @@ def store(s3_endpoint):
     """A proxy before a bucket with BODIES."""
     s3.fill(s3_endpoint, "objects-test", BODIES)
     with pytest.MonkeyPatch.context() as patch, s3.FaultProxy(s3_endpoint) as proxy:
-        for name, value in s3.environment(proxy.endpoint).items():
-            if name.startswith("AWS_") and "ENDPOINT" not in name and "ALLOW" not in name:
-                patch.setenv(name, value)
+        for name, value in s3.credentials().items():
+            patch.setenv(name, value)
         yield proxy
 
 
