@@ -1,19 +1,26 @@
-"""Ray's share: images per second of the embed stage against a plain loop over the same files.
+"""Ray's share: images per second of the embed stage against a plain loop and a torch DataLoader.
 
     python benchmarks/embed.py FOLDER --checkpoint squeezenet1_1.pth --size 96 --images 20000
+    python benchmarks/embed.py FOLDER … --from loose       the same as objects of an S3 server (s3_server.py)
+    python benchmarks/embed.py FOLDER … --from archives    the same as WebDataset archives on it
 
-The loop decodes, encodes and writes in one process, with all threads for the network, as one would write it
-by hand. The stage does the same through Ray Data, assembles shards, and counts. Both take the same images,
-in turn in one run. Rates leave start-up out: for the loop the imports and the network; for the stage what
-comes before its first batch. The steady rate is that between 10 and 90 % of the images; the whole rate counts
-from the first batch, itself left out, to the manifest.
+The loop reads, decodes and encodes in one process, with all threads for the network, as one would write it by
+hand; the DataLoader reads and decodes in two workers beside it. The stage does the same through Ray Data,
+assembles shards, and counts. All take the same images, in turn in one run, with the same code to read and to
+decode. Rates leave start-up out: for the peers the imports, the network and the first batch, for the stage
+what comes before its first batch. The steady rate is that between 10 and 90 % of the images; the whole rate
+counts from the first batch, itself left out, to the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,31 +31,113 @@ from pathlib import Path
 import numpy as np
 
 ENCODER = "squeezenet1_1"
+PER_ARCHIVE = 1_000
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "access",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def rows_of(source: str):
+    """List a source in this process."""
+    import pyarrow as pa
+
+    from selective_ray import listing
+
+    chosen = listing.Source(source)
+    tasks, parts = [listing.first_task(chosen)], []
+    while tasks:
+        for found in listing.expand(tasks.pop(), chosen):
+            tasks += found.tasks
+            parts += [found.rows] if found.rows else []
+    return pa.concat_tables(parts).sort_by("uri")
+
+
+def encoder_of(checkpoint: str, size: int, batch: int, threads: int):
+    import torch
+
+    from selective_ray import encoders
+
+    torch.set_num_threads(threads)
+    encoder = encoders.load(ENCODER, checkpoint=checkpoint, image_size=size)
+    encoder.encode(np.zeros((batch, size, size, 3), np.uint8))
+    return encoder
+
+
+class Noted:
+    """Embeddings as they come, and when how many were done."""
+
+    def __init__(self, n: int, dimension: int) -> None:
+        self.x = np.empty((n, dimension), np.float32)
+        self.done: list[tuple[float, int]] = []
+
+    def add(self, x: np.ndarray) -> None:
+        start = self.done[-1][1] if self.done else 0
+        self.x[start : start + len(x)] = x
+        self.done.append((time.monotonic(), start + len(x)))
 
 
 def plain_loop(
-    uris: list[str], checkpoint: str, size: int, batch: int, threads: int, out: str, results: Queue
+    source: str, checkpoint: str, size: int, batch: int, threads: int, out: str, results: Queue
 ) -> None:
-    """Decode, encode and write in this process; the seconds of that, and of what comes before."""
+    """Read, decode, encode and write in this process."""
     started = time.monotonic()
-    import torch
+    from selective_ray import encoders, images, reading
 
-    from selective_ray import encoders, images
-
-    torch.set_num_threads(threads)
-    size, crop = encoders.transform(ENCODER, size)
-    encoder = encoders.load(ENCODER, checkpoint=checkpoint, image_size=size)
-    encoder.encode(np.zeros((batch, size, size, 3), np.uint8))
-    ready = time.monotonic()
-    embeddings = np.empty((len(uris), encoder.dimension), np.float32)
-    for start in range(0, len(uris), batch):
-        pixels, _ = images.read_batch(uris[start : start + batch], size=size, crop=crop)
-        embeddings[start : start + batch] = encoder.encode(pixels)
-    np.save(out, embeddings)
-    results.put((time.monotonic() - ready, ready - started))
+    rows = rows_of(source)
+    size, crop = encoders.transform(ENCODER, size)[:2]
+    encoder = encoder_of(checkpoint, size, batch, threads)
+    noted = Noted(len(rows), encoder.dimension)
+    for start in range(0, len(rows), batch):
+        bodies = reading.fetch(rows.slice(start, batch))
+        pixels = np.stack([images.decode(data, size=size, crop=crop) for data in bodies])
+        noted.add(encoder.encode(pixels))
+    np.save(out, noted.x)
+    noted.done.append((time.monotonic(), len(rows)))
+    results.put([(moment - started, n) for moment, n in noted.done])
 
 
-def stage(folder: Path, checkpoint: str, size: int, batch: int, run: Path, results: Queue) -> None:
+class Decoded:
+    """What a DataLoader's worker reads: batches of decoded images."""
+
+    def __init__(self, rows, size: int, crop: float, batch: int) -> None:
+        self.rows, self.size, self.crop, self.batch = rows, size, crop, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        from selective_ray import images, reading
+
+        bodies = reading.fetch(self.rows.slice(i * self.batch, self.batch))
+        return np.stack([images.decode(data, size=self.size, crop=self.crop) for data in bodies])
+
+
+def data_loader(
+    source: str, checkpoint: str, size: int, batch: int, threads: int, out: str, results: Queue
+) -> None:
+    """Read and decode in two workers of a torch DataLoader, encode in this process, and write."""
+    started = time.monotonic()
+    from torch.utils.data import DataLoader
+
+    from selective_ray import encoders
+
+    rows = rows_of(source)
+    size, crop = encoders.transform(ENCODER, size)[:2]
+    encoder = encoder_of(checkpoint, size, batch, threads)
+    noted = Noted(len(rows), encoder.dimension)
+    dataset = Decoded(rows, size, crop, batch)
+    # Batched by the dataset; as numpy arrays, which the workers share with this process.
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    for pixels in loader:
+        noted.add(encoder.encode(np.asarray(pixels)))
+    np.save(out, noted.x)
+    noted.done.append((time.monotonic(), len(rows)))
+    results.put([(moment - started, n) for moment, n in noted.done])
+
+
+def stage(source: str, checkpoint: str, size: int, batch: int, run: str, results: Queue) -> None:
     """Embed through the pipeline; when how many images were done, and the peak memory."""
     started = time.monotonic()
     from selective_ray import config
@@ -74,8 +163,8 @@ def stage(folder: Path, checkpoint: str, size: int, batch: int, run: Path, resul
         "embed.batch": batch,
     }
     settings, asked = config.load(options=options)
-    where = Run(str(run))
-    pipeline.advance(where, pipeline.Source(images=str(folder)), settings, asked, Clock(), upto="embeddings")
+    where = Run(run)
+    pipeline.advance(where, pipeline.Source(images=source), settings, asked, Clock(), upto="embeddings")
     manifest = where.manifest("embeddings")
     done.append((time.monotonic() - started, manifest.rows))
     results.put((done[1:], manifest.peak_memory_bytes))
@@ -85,8 +174,35 @@ def rate(done: list[tuple[float, int]], low: float, high: float) -> float:
     """Images per second between two shares of all images."""
     n = done[-1][1]
     first = next(moment for moment in done if moment[1] >= low * n)
-    last = next(moment for moment in done if moment[1] >= high * n)
+    last = next(moment for moment in reversed(done) if moment[1] <= high * n) if high < 1 else done[-1]
     return (last[1] - first[1]) / (last[0] - first[0])
+
+
+def lay_out(files: list[str], folder: Path, archives: bool) -> None:
+    """Copy images into a folder, a thousand a subfolder, or pack them a thousand an archive."""
+    for start in range(0, len(files), PER_ARCHIVE):
+        some = files[start : start + PER_ARCHIVE]
+        name = f"{start // PER_ARCHIVE:04d}"
+        if archives:
+            with tarfile.open(folder / f"{name}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+                for i, file in enumerate(some):
+                    tar.add(file, f"{i:06d}{Path(file).suffix}")
+            continue
+        (folder / name).mkdir()
+        for i, file in enumerate(some):
+            shutil.copyfile(file, folder / name / f"{i:06d}{Path(file).suffix}")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder as a bucket; yields its URI."""
+    command = [sys.executable, Path(__file__).with_name("s3_server.py"), "--port", "0", "--folder", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": process.stdout.readline().strip()}
+            yield "s3://images"
+        finally:
+            process.kill()
 
 
 def main() -> None:
@@ -99,12 +215,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--from", dest="place", choices=("folder", "loose", "archives"), default="folder")
     options = parser.parse_args()
     checkpoint = str(Path(options.checkpoint).absolute())
-    from selective_ray.images import list_images
-
-    uris = list_images(str(options.folder))["uri"].to_pylist()
-    uris = [uris[i] for i in np.linspace(0, len(uris) - 1, options.images).astype(int)]
+    files = rows_of(str(options.folder))["uri"].to_pylist()
+    files = [files[i] for i in np.linspace(0, len(files) - 1, options.images).astype(int)]
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
 
@@ -116,27 +231,36 @@ def main() -> None:
         return answer
 
     with tempfile.TemporaryDirectory() as scratch:
-        many = Path(scratch) / "many"
-        many.mkdir()
-        for i, uri in enumerate(uris):
-            shutil.copyfile(uri, many / f"{i:06d}{Path(uri).suffix}")
-        uris = list_images(str(many))["uri"].to_pylist()
-        common = (checkpoint, options.size, options.batch)
-        threads = multiprocessing.cpu_count()
-        for repeat in range(options.repeats):
-            plain, imports = timed(plain_loop, uris, *common, threads, str(Path(scratch) / "x.npy"))
-            done, memory = timed(stage, many, *common, Path(scratch) / f"run{repeat}")
-            loop, steady = len(uris) / plain, rate(done, 0.1, 0.9)
-            end, first = done[-1], done[0]
-            whole = (end[1] - first[1]) / (end[0] - first[0])
-            print(
-                f"plain loop, {threads} threads: {loop:.0f} images/s, start-up {imports:.1f} s\n"
-                f"embed stage: {steady:.0f} images/s steady, {whole:.0f} whole, start-up {first[0]:.1f} s, "
-                f"peak memory in MiB: driver {memory['driver'] / 2**20:.0f}, "
-                f"largest worker {memory['largest_worker'] / 2**20:.0f}\n"
-                f"ratio {steady / loop:.2f} steady, {whole / loop:.2f} whole",
-                flush=True,
-            )
+        folder = Path(scratch) / "images"
+        folder.mkdir()
+        lay_out(files, folder, options.place == "archives")
+        remote = (
+            served(folder) if options.place != "folder" else contextmanager(lambda: iter([str(folder)]))()
+        )
+        with remote as source:
+            common = (source, checkpoint, options.size, options.batch)
+            threads = multiprocessing.cpu_count()
+            for repeat in range(options.repeats):
+                rates = {}
+                for peer in (plain_loop, data_loader):
+                    done = timed(peer, *common, threads, str(Path(scratch) / "x.npy"))
+                    rates[peer.__name__] = rate(done, 0.1, 0.9)
+                    print(
+                        f"{peer.__name__}, {threads} threads: {rates[peer.__name__]:.0f} images/s steady, "
+                        f"{rate(done, 0, 1):.0f} whole, start-up {done[0][0]:.1f} s",
+                        flush=True,
+                    )
+                done, memory = timed(stage, *common, str(Path(scratch) / f"run{repeat}"))
+                steady, whole = rate(done, 0.1, 0.9), rate(done, 0, 1)
+                best = max(rates.values())
+                print(
+                    f"embed stage: {steady:.0f} images/s steady, {whole:.0f} whole, "
+                    f"start-up {done[0][0]:.1f} s, "
+                    f"peak memory in MiB: driver {memory['driver'] / 2**20:.0f}, "
+                    f"largest worker {memory['largest_worker'] / 2**20:.0f}\n"
+                    f"ratio to the better one {steady / best:.2f} steady",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

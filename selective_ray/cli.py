@@ -73,6 +73,10 @@ Exclude = Annotated[
 Column = Annotated[
     str | None, typer.Option("--column", help="Column of images, or of uris, of Parquet files.")
 ]
+Since = Annotated[
+    str | None,
+    typer.Option("--since", help="Embed only images that this earlier run does not have; keep its ids."),
+]
 EndpointUrl = Annotated[
     str | None, typer.Option("--endpoint-url", help="S3-compatible store in place of Amazon's.")
 ]
@@ -143,6 +147,7 @@ def _advance(
     include: list[str] | None,
     exclude: list[str] | None,
     column: str | None,
+    since: str | None,
     endpoint_url: str | None,
     max_rejected: str | None,
     embeddings: str | None,
@@ -162,7 +167,9 @@ def _advance(
     with _sentences(debug, as_json):
         started = time.monotonic()
         if bool(images) == bool(embeddings):
-            raise UsageError("give either --images DIR or --embeddings FILE|RUN")
+            raise UsageError("give either --images URI or --embeddings FILE|RUN")
+        if since and not images:
+            raise UsageError("--since goes with --images: it leaves out what an earlier run has of them")
         settings, asked = config.load(
             preset=preset,
             file=config_file,
@@ -189,7 +196,7 @@ def _advance(
         complete = [table for table in TABLES if where.manifest(table)]
         pipeline.advance(
             where,
-            pipeline.Source(images, embeddings),
+            pipeline.Source(images, embeddings, since),
             settings,
             asked,
             reporter,
@@ -260,6 +267,7 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
         include: Include = None,
         exclude: Exclude = None,
         column: Column = None,
+        since: Since = None,
         endpoint_url: EndpointUrl = None,
         max_rejected: MaxRejected = None,
         embeddings: Embeddings = None,
@@ -280,6 +288,7 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
             include=include,
             exclude=exclude,
             column=column,
+            since=since,
             endpoint_url=endpoint_url,
             max_rejected=max_rejected,
             embeddings=embeddings,
@@ -339,6 +348,9 @@ def status(
         for table in TABLES:
             manifest = where.manifest(table)
             shards = where.finished_shards(table)
+            if table == "duplicates" and not manifest and where.manifest("embeddings"):
+                # Brought embeddings have no bytes to compare.
+                continue
             if manifest:
                 states[table] = {
                     "state": "complete",

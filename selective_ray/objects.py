@@ -37,6 +37,8 @@ _CREDENTIALS = re.compile(
 )
 # The library's own attempts are repeated so often: it does not try again where a body breaks off.
 ROUNDS = 3
+# obstore drops or refuses empty and dotted parts of a key, and refuses control characters.
+_ODD = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 # Keys of one answer of a store.
 PAGE = 1000
 _TOO_SHORT = re.compile(
@@ -199,6 +201,8 @@ def read(request: Request, access: Access = DIRECT) -> bytes:
         )
 
     def get(store: ObjectStore) -> bytes:
+        if _ODD.search(key):
+            return _get_odd(base, key, request, access)
         import obstore
 
         return obstore.get(store, key, options=options).bytes().to_bytes()
@@ -228,6 +232,8 @@ def _attempt(action: Any, base: str, uri: str, access: Access) -> Any:
             raise FileNotFoundError(2, "file not found", uri) from None
         except exceptions.PreconditionError:
             raise Changed("changed since it was listed") from None
+        except (Changed, PermissionError, exceptions.InvalidPathError):
+            raise
         except (exceptions.BaseError, ValueError, OSError, AssertionError) as error:
             # Not chained below: the library's messages may quote headers.
             text = str(error)
@@ -274,29 +280,100 @@ def list_keys(
     fails is asked for again, after the last key that came.
     """
     import obstore
+    from obstore.exceptions import BaseError, InvalidPathError
 
+    # "/key" would come as "key".
+    odd = base.startswith("s3://") and not prefix and bool(_list_odd(base, "/", access, "")[0])
     while True:
+        if odd or _ODD.search(after):
+            page, more = _list_odd(base, prefix and prefix.rstrip("/") + "/", access, after)
+            if page:
+                yield tuple(zip(*page, strict=True))
+                after = page[-1][0]
+            if not more:
+                return
+            odd = odd and not prefix
+            continue
 
-        def page(store: ObjectStore, after: str = after) -> Any:
+        def first(store: ObjectStore, after: str = after) -> Any:
             stream = obstore.list(store, prefix or None, offset=after or None, chunk_size=PAGE)
             return stream, next(iter(stream), None)
 
-        stream, batch = _attempt(page, base, f"{base}/{prefix}", access)
-        while batch is not None:
-            keys = [meta["path"] for meta in batch]
-            if keys:
-                yield (
-                    keys,
-                    [meta["size"] for meta in batch],
-                    [meta["e_tag"] or _dated(meta) for meta in batch],
-                )
+        try:
+            stream, batch = _attempt(first, base, f"{base}/{prefix}", access)
+            while batch:
+                keys = [meta["path"] for meta in batch]
+                versions = [meta["e_tag"] or _dated(meta) for meta in batch]
+                yield keys, [meta["size"] for meta in batch], versions
                 after = keys[-1]
-            try:
                 batch = next(stream, None)
-            except Exception:
-                break
-        else:
             return
+        except InvalidPathError:
+            # The next page holds such a key.
+            odd = True
+        except BaseError:
+            # The page broke off.
+            continue
+
+
+@functools.lru_cache(maxsize=4)
+def _boto(access: Access) -> Any:
+    """Return botocore's client, ten times the work of obstore, for the keys that only it can name."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"total_max_attempts": access.attempts + 1, "mode": "standard"},
+        read_timeout=access.silence_seconds,
+        s3={"addressing_style": "path"} if access.endpoint_url else {},
+    )
+    return boto3.client("s3", endpoint_url=access.endpoint_url, config=config)
+
+
+@contextlib.contextmanager
+def _boto_errors() -> Iterator[None]:
+    """Raise botocore's errors as those that `_attempt` sorts out."""
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+
+    try:
+        yield
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code in ("NoSuchKey", "NoSuchBucket", "404"):
+            raise FileNotFoundError(2, code) from None
+        if code in ("PreconditionFailed", "412"):
+            raise Changed("changed since it was listed") from None
+        if code in ("AccessDenied", "403"):
+            raise PermissionError(13, code) from None
+        raise OSError(f"<Code>{code}</Code>") from None
+    except (BotoCoreError, HTTPClientError) as error:
+        raise OSError(str(error)) from None
+
+
+def _get_odd(base: str, key: str, request: Request, access: Access) -> bytes:
+    if not base.startswith("s3://"):
+        raise PermissionError(13, "a name that cannot be asked for")
+    options = {"IfMatch": request.version} if request.version else {}
+    if request.start or request.stop is not None:
+        options["Range"] = f"bytes={request.start}-{'' if request.stop is None else request.stop - 1}"
+    with _boto_errors():
+        return _boto(access).get_object(Bucket=base[5:], Key=key, **options)["Body"].read()
+
+
+def _list_odd(base: str, prefix: str, access: Access, after: str) -> tuple[list[tuple[str, int, str]], bool]:
+    """List a page by botocore: keys, sizes, versions; and whether there are more."""
+    if not base.startswith("s3://"):
+        raise UserError(f"{base} has keys with empty parts or control characters, as {after!r}; rename them")
+
+    def page(_: ObjectStore) -> Any:
+        with _boto_errors():
+            return _boto(access).list_objects_v2(
+                Bucket=base[5:], Prefix=prefix, StartAfter=after, MaxKeys=PAGE
+            )
+
+    answer = _attempt(page, base, f"{base}/{prefix}", access)
+    rows = [(row["Key"], row["Size"], row["ETag"]) for row in answer.get("Contents", [])]
+    return rows, answer["IsTruncated"]
 
 
 def _dated(meta: Any) -> str:

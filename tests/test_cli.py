@@ -230,9 +230,9 @@ def test_a_run_at_or_below_a_file_is_refused(given, tmp_path, place):
     assert (tmp_path / "file").read_text() == "a file of somebody"
 
 
-@pytest.mark.parametrize("place", ["/proc/nope/run", "nowhere://bucket/run"])
-def test_a_run_where_nothing_can_be_written_is_refused(given, place):
-    said = refused(1, "select", "--images", given / "images", "--run", place, "--budget", 3)
+@pytest.mark.parametrize(("place", "status"), [("/proc/nope/run", 1), ("nowhere://bucket/run", 2)])
+def test_a_run_where_nothing_can_be_written_is_refused(given, place, status):
+    said = refused(status, "select", "--images", given / "images", "--run", place, "--budget", 3)
     assert place in said and "--run" in said
 
 

@@ -135,3 +135,34 @@ def test_an_object_is_read_at_any_place(proxy):
     with objects.open_seekable(URI, access(proxy), buffer_size=512) as file:
         assert file.seek(5) == 5 and file.read(3) == BODIES[KEY][5:8]
         assert file.seek(-2, 2) == len(BODIES[KEY]) - 2 and file.read() == BODIES[KEY][-2:]
+
+
+def test_keys_that_urls_bend_are_listed_and_read_as_they_are(proxy, monkeypatch):
+    """Empty and dotted parts, and control characters; of them, a moto server refuses to store the last."""
+    keys = ["a//b.jpg", "a/./c.jpg", "a/b.jpg", "a/é +%2F.jpg", "a/z//.jpg", "b/../d.jpg", "plain.jpg"]
+    bodies = {f"odd/{key}": key.encode() for key in keys} | {f"odd/n/{i}.jpg": b"" for i in range(7)}
+    s3.fill(f"http://{proxy.upstream}", "objects-test", bodies)
+    for size in (1000, 3):
+        monkeypatch.setattr(objects, "PAGE", size)
+        pages = list(objects.list_keys("s3://objects-test", "odd", access(proxy)))
+        assert [key for names, *_ in pages for key in names] == sorted(bodies, key=str.encode)
+    for names, _, versions in pages:
+        for key, version in zip(names, versions, strict=True):
+            request = Request(f"s3://objects-test/{key}", version)
+            assert read(request, access(proxy)) == bodies[key]
+            if len(bodies[key]) > 3:
+                part = Request(f"s3://objects-test/{key}", version, 1, 3)
+                assert read(part, access(proxy)) == bodies[key][1:3]
+            with pytest.raises(Changed):
+                read(Request(f"s3://objects-test/{key}", '"other"'), access(proxy))
+    with pytest.raises(FileNotFoundError):
+        read(Request("s3://objects-test/odd//none.jpg"), access(proxy))
+
+
+def test_a_key_that_begins_with_a_slash_is_not_the_one_without(proxy):
+    bodies = {"/lead.jpg": b"slash", "lead.jpg": b"plain", "x/y.jpg": b"other"}
+    s3.fill(f"http://{proxy.upstream}", "lead-test", bodies)
+    found = [key for names, *_ in objects.list_keys("s3://lead-test", "", access(proxy)) for key in names]
+    assert found == sorted(bodies)
+    for key, body in bodies.items():
+        assert read(Request(f"s3://lead-test/{key}"), access(proxy)) == body

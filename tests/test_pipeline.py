@@ -154,7 +154,10 @@ def test_a_complete_run_is_left_alone(undisturbed, folder):
         command += f" --set {key}"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
-    assert "already complete: images, embeddings, rejected, density, clusters, selection" in result.output
+    assert (
+        "already complete: images, embeddings, rejected, duplicates, density, clusters, selection"
+        in result.output
+    )
     assert "nothing to do" in result.output
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
 

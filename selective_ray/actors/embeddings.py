@@ -21,6 +21,7 @@ import pyarrow as pa
 import ray
 
 from selective_ray import encoders, objects
+from selective_ray.actors import since
 from selective_ray.actors.session import Session, peak_memory, unwrapped
 from selective_ray.actors.wave import (
     ATTEMPTS,
@@ -205,12 +206,14 @@ def embed(
     session: Session,
     reporter: Reporter,
     *,
+    earlier: Run | None = None,
     check: Callable[[], None] = lambda: None,
     read: Read = objects.read,
 ) -> Manifest:
     """Embed every image of `images/` into `embeddings/`, or into `rejected/` with a reason.
 
-    Finished shards of earlier attempts stay. `check` is called at every shard and may raise, as a lost lease
+    Finished shards of earlier attempts stay; those of an `earlier` run, which come first in the listing, are
+    copied. `check` is called at every shard and may raise, as a lost lease
     does. Raises UserError where nothing can be embedded or no progress is made.
     """
     images = run.manifest("images")
@@ -224,6 +227,9 @@ def embed(
     stopwatch = Stopwatch(run, "embeddings")
     rows = [shard.rows for shard in images.shards]
     finished = _finished(run)
+    if earlier:
+        session.start()
+        finished |= _copied(run, earlier, set(finished))
     todo = {shard: n for shard, n in enumerate(rows) if shard not in finished}
     rejections = _Rejections(config.resources.max_rejected)
     for shard in finished:
@@ -301,6 +307,17 @@ def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
     for shard in set(run.finished_shards("rejected")) - set(found):
         run.remove_shard("rejected", shard)
     return found
+
+
+def _copied(run: Run, earlier: Run, have: set[int]) -> dict[int, tuple[Shard, Shard]]:
+    """Copy the shards of an earlier run that are not here yet, and what its encoder was fitted to."""
+    shards = [shard.index for shard in earlier.manifest("images").shards if shard.index not in have]
+    home = earlier.home("embeddings")
+    if home.exists("embeddings", PCA_FILE) and not run.exists("embeddings", PCA_FILE):
+        run.write_bytes(home.read_bytes("embeddings", PCA_FILE), "embeddings", PCA_FILE)
+    rejected = {shard.index: shard for shard, _ in since.copied(run, earlier, "rejected", shards)}
+    embedded = since.copied(run, earlier, "embeddings", shards)
+    return {shard.index: (shard, rejected[shard.index]) for shard, _ in embedded}
 
 
 class _Waves:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import ray
 
 from selective_ray import embeddings, listing
+from selective_ray.actors import since
 from selective_ray.actors.session import Session, cpus, in_order_of_arrival, peak_memory, unwrapped
 from selective_ray.config import Config
 from selective_ray.errors import UserError
@@ -76,8 +77,17 @@ class _Progress:
         run.write_json(content, "images", PIECES, JOURNAL)
 
 
-def list_source(run: Run, source: Source, config: Config, session: Session, reporter: Reporter) -> Manifest:
+def list_source(
+    run: Run,
+    source: Source,
+    config: Config,
+    session: Session,
+    reporter: Reporter,
+    earlier: Run | None = None,
+) -> Manifest:
     """List the images of a source into `images/`; a listing that is there is the truth of the run.
+
+    With an earlier run, its images come first, with their ids, and of the source only what it has not.
 
     Killed and begun again, it continues with what was not yet listed. Raises UserError where the source
     cannot be listed or holds no image.
@@ -86,6 +96,8 @@ def list_source(run: Run, source: Source, config: Config, session: Session, repo
     # A relative path is another folder elsewhere.
     uri = str(Path(source.uri).absolute()) if source.uri and "://" not in source.uri else source.uri
     what: dict[str, Any] = {"source": uri, "images": config.images.model_dump(mode="json")}
+    if earlier:
+        what["since"] = earlier.fingerprints("images")["images"]
     if there := run.manifest("images"):
         run.begin("images", {**what, "content": there.what["content"]}, {})
         return there
@@ -105,15 +117,37 @@ def list_source(run: Run, source: Source, config: Config, session: Session, repo
                 f"{progress.repeated:,} lines of {source.uri} name an image again; each counts once"
             )
         pieces = _in_order(run, progress.pieces)
-        n = sum(piece.rows for piece in pieces)
-        shards, digest, peak = _cut(run, pieces, shard_rows(n, config.resources.shard_rows))
+        # An attempt that was cut short may have cut shards of another length.
+        run.clear("images")
+        shards: list[Shard] = []
+        digest, summary = 0, {"repeated": progress.repeated, "others": progress.others}
+        if earlier:
+            pieces, summary["changed"] = _new_pieces(run, pieces, earlier)
+            theirs = [shard.index for shard in earlier.manifest("images").shards]
+            copies = since.copied(run, earlier, "images", theirs)
+            shards = sorted((shard for shard, _ in copies), key=lambda shard: shard.index)
+            digest = sum(part for _, part in copies)
+            summary["new"] = sum(piece.rows for piece in pieces)
+        before, n = sum(shard.rows for shard in shards), sum(piece.rows for piece in pieces)
+        for shard, part, peak in _cut(
+            run, pieces, shard_rows(n, config.resources.shard_rows), len(shards), before
+        ):
+            shards.append(shard)
+            digest += part
+            memory = max(memory, peak)
+    if summary.get("changed"):
+        reporter.warn(
+            f"{summary['changed']:,} images have changed since {earlier.uri} and keep their earlier "
+            "embeddings; run without --since to embed them anew"
+        )
     done = run.finish(
         "images",
         shards,
         seconds=stopwatch.seconds(),
-        peak_memory_bytes={"driver": peak_memory(), "largest_worker": max(memory, peak)},
-        summary={"images": n, "repeated": progress.repeated, "others": progress.others},
-        found={"content": digest},
+        peak_memory_bytes={"driver": peak_memory(), "largest_worker": memory},
+        summary={"images": before + n, **{key: count for key, count in summary.items() if count}},
+        # A sum does not depend on the cut into shards.
+        found={"content": f"{digest % 2**128:032x}"},
     )
     run.delete_folder("images", PIECES)
     return done
@@ -230,21 +264,39 @@ def _merge(run: Run, names: list[str], after: str | None, upto: str | None) -> P
     return _write_piece(run, f"{stem}-sorted", rows) if len(rows) else None
 
 
-def _cut(run: Run, pieces: list[Piece], rows: int) -> tuple[list[Shard], str, int]:
-    """Cut ordered pieces into the shards of `images/`; also the digest of all rows, and the peak memory."""
-    ends = np.cumsum([piece.rows for piece in pieces])
+def _new_pieces(run: Run, pieces: list[Piece], earlier: Run) -> tuple[list[Piece], int]:
+    """Return pieces without what an earlier run has, and how many of its images have changed."""
+    spans = since.spans(earlier)
     calls = []
-    for index, start in enumerate(range(0, int(ends[-1]), rows)):
-        stop = min(start + rows, int(ends[-1]))
+    for piece in pieces:
+        near = [shard for shard, first, last in spans if first <= piece.marks[-1] and last >= piece.marks[0]]
+        calls.append((run, piece, earlier, near))
+    answers = list(in_order_of_arrival(_subtract, calls))
+    left = sorted((piece for piece, _ in answers if piece), key=lambda piece: piece.marks)
+    return left, sum(changed for _, changed in answers)
+
+
+@ray.remote(num_cpus=1, max_retries=2)
+def _subtract(run: Run, piece: Piece, earlier: Run, shards: list[int]) -> tuple[Piece | None, int]:
+    rows, changed = since.not_in(_read_piece(run, piece.name), earlier, shards)
+    return (_write_piece(run, f"{piece.name}-new", rows) if len(rows) else None), changed
+
+
+def _cut(
+    run: Run, pieces: list[Piece], rows: int, first_shard: int, first_id: int
+) -> Iterator[tuple[Shard, int, int]]:
+    """Cut ordered pieces into shards of `images/`; yields each with the digest of its rows, and memory."""
+    ends = np.cumsum([piece.rows for piece in pieces], dtype=np.int64)
+    n = int(ends[-1]) if pieces else 0
+    calls = []
+    for index, start in enumerate(range(0, n, rows)):
+        stop = min(start + rows, n)
         slices = []
         for i in range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop)) + 1):
             first = int(ends[i]) - pieces[i].rows
             slices.append((pieces[i].name, max(start - first, 0), min(stop - first, pieces[i].rows)))
-        calls.append((run, index, start, slices))
-    answers = list(in_order_of_arrival(_write_listed, calls))
-    # A sum does not depend on the cut into shards.
-    digest = sum(digest for _, digest, _ in answers) % 2**128
-    return [shard for shard, _, _ in answers], f"{digest:032x}", max(peak for _, _, peak in answers)
+        calls.append((run, first_shard + index, first_id + start, slices))
+    yield from in_order_of_arrival(_write_listed, calls)
 
 
 @ray.remote(num_cpus=1, max_retries=2)
@@ -258,10 +310,7 @@ def _write_listed(
     assert rows.schema.equals(LISTED)
     ids = pa.array(np.arange(first_id, first_id + len(rows)), pa.int64())
     rows = rows.add_column(0, "image_id", ids).cast(IMAGES)
-    digest = 0
-    for row in zip(*(column.to_pylist() for column in rows.columns), strict=True):
-        digest += int.from_bytes(hashlib.sha256(repr(row).encode()).digest()[:16])
-    return run.write_shard("images", index, rows), digest % 2**128, peak_memory()
+    return run.write_shard("images", index, rows), listing.digest(rows), peak_memory()
 
 
 def bring_file(run: Run, path: str, config: Config, reporter: Reporter) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selective_ray import listing, objects, report
-from selective_ray.actors import density, duplicates, embeddings, kmeans, selection
+from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since
 from selective_ray.actors.images import bring_file, list_source, refer_to_run
 from selective_ray.actors.session import Session
 from selective_ray.actors.shards import Pool
@@ -22,10 +22,11 @@ from selective_ray.store import TABLES, Run
 
 @dataclass(frozen=True)
 class Source:
-    """Where the images or embeddings come from: exactly one of the two."""
+    """Where the images or embeddings come from: one of the two; images perhaps since an earlier run."""
 
     images: str | None = None
     embeddings: str | None = None
+    since: str | None = None
 
 
 def advance(
@@ -45,6 +46,9 @@ def advance(
     UserError where the run is in use, was made with another configuration, or the data do not allow it.
     """
     earlier = _earlier_run(source, config.resources.access())
+    before = Run(source.since, config.resources.access()) if source.since else None
+    if before:
+        since.check(before, embeddings.identity(config))
     run.prepare()
     with Lease(run, reporter.say) as lease, Session(address) as session:
         if earlier:
@@ -53,13 +57,13 @@ def advance(
             bring_file(run, source.embeddings, config, reporter)
         else:
             chosen = listing.Source(source.images or "", **config.images.model_dump())
-            listed = list_source(run, chosen, config, session, reporter)
+            listed = list_source(run, chosen, config, session, reporter, before)
             if upto in ("clusters", "selection"):
                 _check_budget(config, listed.rows, "images found")
             if upto in ("density", "selection"):
                 settings = config.density
                 possible_k(settings.k, listed.rows, settings.include_self, "density.k" in asked)
-            embeddings.embed(run, config, session, reporter, check=lease.check, read=read)
+            embeddings.embed(run, config, session, reporter, earlier=before, check=lease.check, read=read)
             duplicates.find(run, session)
         if upto in ("clusters", "selection"):
             _check_budget(config, run.manifest("embeddings").rows, "embedded images")
