@@ -62,10 +62,11 @@ class Scaled(NamedTuple):
     y: float = 0
 
 
-def decode(data: bytes, *, size: int, crop: float) -> np.ndarray:
+def decode(data: bytes, *, size: int, crop: float, interpolation: str = "bilinear") -> np.ndarray:
     """Decode an image, resize its shorter side to size / crop and cut out the center, as torchvision does.
 
-    Returns uint8 [size, size, 3], RGB, upright, transparency on white. Raises Rejected.
+    interpolation is "bilinear" or "bicubic". Returns uint8 [size, size, 3], RGB, upright, transparency on
+    white. Raises Rejected.
     """
     shorter = round(size / crop)
     image, width, height, scale, x, y = _decoded(data, lambda sides: min(sides) / shorter)
@@ -79,7 +80,7 @@ def decode(data: bytes, *, size: int, crop: float) -> np.ndarray:
         x + (left + size) * width / (wide * scale),
         y + (top + size) * height / (high * scale),
     )
-    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box))
+    return np.array(image.resize((size, size), Image.Resampling[interpolation.upper()], box))
 
 
 def thumbnail(data: bytes, *, size: int) -> bytes:

@@ -56,6 +56,22 @@ def test_decode_equals_torchvision(shape, size, crop):
     assert apart(got, np.asarray(expected)) <= 1
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (300, 301), (20, 13), (48, 48)])
+def test_bicubic_decode_equals_torchvision(shape):
+    from torchvision.transforms import InterpolationMode, v2
+
+    pixels = np.random.default_rng(2).integers(0, 256, (shape[1], shape[0], 3), np.uint8)
+    resize = v2.Resize(32, InterpolationMode.BICUBIC)
+    expected = np.asarray(v2.CenterCrop(28)(resize(Image.fromarray(pixels))))
+    got = decode(paint.png(pixels), size=28, crop=0.875, interpolation="bicubic")
+    assert apart(got, expected) <= 1
+    assert apart(got, decode(paint.png(pixels), size=28, crop=0.875)) > 3
+    batch, _ = read_batch(
+        ["a"], size=28, crop=0.875, interpolation="bicubic", read=lambda _: paint.png(pixels)
+    )
+    assert np.array_equal(batch[0], got)
+
+
 def test_every_kind_shows_the_same_picture(tmp_path):
     plain = decode(paint.png(PIXELS), size=24, crop=0.875)
     gray = decode(saved(Image.fromarray(PIXELS).convert("L"), "PNG"), size=24, crop=0.875)
