@@ -86,12 +86,12 @@ def plain_loop(
     from selective_ray import encoders, images, reading
 
     rows = rows_of(source)
-    size, crop = encoders.transform(ENCODER, size)[:2]
+    wanted = encoders.transform(ENCODER, size)
     encoder = encoder_of(checkpoint, size, batch, threads)
     noted = Noted(len(rows), encoder.dimension)
     for start in range(0, len(rows), batch):
         bodies = reading.fetch(rows.slice(start, batch))
-        pixels = np.stack([images.decode(data, size=size, crop=crop) for data in bodies])
+        pixels = np.stack([images.decode(data, size=size, crop=wanted.crop) for data in bodies])
         noted.add(encoder.encode(pixels))
     np.save(out, noted.x)
     noted.done.append((time.monotonic(), len(rows)))
@@ -124,10 +124,10 @@ def data_loader(
     from selective_ray import encoders
 
     rows = rows_of(source)
-    size, crop = encoders.transform(ENCODER, size)[:2]
+    wanted = encoders.transform(ENCODER, size)
     encoder = encoder_of(checkpoint, size, batch, threads)
     noted = Noted(len(rows), encoder.dimension)
-    dataset = Decoded(rows, size, crop, batch)
+    dataset = Decoded(rows, size, wanted.crop, batch)
     # Batched by the dataset; as numpy arrays, which the workers share with this process.
     loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
     for pixels in loader:

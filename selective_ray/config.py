@@ -45,6 +45,10 @@ class Embed(Section):
     dtype: Literal["float32", "float16"] = "float32"
     # Every batch is padded to this size: the last bits of a network depend on the batch's shape.
     batch: int = Field(64, ge=1)
+    # "auto": bfloat16 on GPUs that have it, whose units for it are the fastest; float32 elsewhere.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # A compiled network rounds differently, and every process compiles it anew.
+    compile: bool = False
 
 
 class Density(Section):

@@ -1,22 +1,32 @@
-"""Encoder name -> network, transform and dimension; a batch of pixels to unit vectors."""
+"""Encoder name -> transform, weights and dimension; batches of pixels to unit vectors.
+
+A name is one of
+
+    resnet50, …                    every classification network of torchvision
+    moco-v2, cld, dino, clip, …    the published networks of self-supervised methods: RECIPES
+    timm/NAME                      every network of timm
+    open_clip/MODEL/TAG            every image tower of open_clip
+    package.module:factory         a person's own
+    pca                            principal components of the pixels
+"""
 
 import difflib
-import http.client
+import importlib.util
 import math
-import pickle
 import re
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from selective_ray.errors import UsageError, UserError
+from selective_ray import checkpoints
+from selective_ray.errors import UsageError, UserError, first_line
 
-if TYPE_CHECKING:  # torch takes seconds to import, and most commands never encode
-    import torch
+if TYPE_CHECKING:
+    # torch takes seconds to import, and most commands never encode: what needs it is imported where a network
+    # is loaded.
+    from selective_ray import inference
 
 # The network that feature baselines are most often reported with, small enough for a laptop. Where its
 # weights cannot be downloaded: --checkpoint FILE with weights from elsewhere, or --encoder pca.
@@ -68,60 +78,217 @@ _SIZES = {
 }
 _SIZE_OF = {name: sizes for sizes, names in _SIZES.items() for name in names.split()}
 
+# The published transforms that resize bicubically.
+_BICUBIC = {
+    *(f"efficientnet_b{i}" for i in range(8)),
+    *("efficientnet_v2_l", "maxvit_t", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t"),
+}
+
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 PCA_SIZE = 16
 PCA_MAX_SIZE = 32  # the covariance has (3 * size^2)^2 entries
 
 
 @dataclass(frozen=True)
+class Transform:
+    """How an image becomes what a network reads.
+
+    The shorter side is resized to size / crop, by "bilinear" or "bicubic" interpolation, and a square of
+    size pixels cut out of the center; colors in [0, 1] are shifted by mean and divided by std.
+    """
+
+    size: int = 224
+    crop: float = 0.875
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = _MEAN
+    std: tuple[float, ...] = _STD
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published network: how it reads images, which it is, and where its weights are in a checkpoint.
+
+    They are those under `prefixes`, less those under `unused`. `source` is the file that a person gives with
+    --checkpoint; where it is empty, the network's library downloads the weights.
+    """
+
+    transform: Transform
+    network: str
+    prefixes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    source: str = ""
+
+
+_CIFAR = Transform(32, 1.0, "bilinear", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_CLIP = Transform(
+    224,
+    1.0,
+    "bicubic",
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+_MOCO = "moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco"
+_EMAN = "res50_moco_eman_800ep.pth.tar of github.com/amazon-science/exponential-moving-average-normalization"
+_SCAN = "simclr_cifar-10.pth.tar of github.com/wvangansbeke/Unsupervised-Classification"
+_CLD = "cifar10_ckpt_epoch_200.pth or cifar100_… of github.com/TonyLianLong/UnsupervisedSelectiveLabeling"
+
+# Prefixes and names as the programs that trained these save them. Besides, MoCo's checkpoints hold the key
+# encoder and the queue, CLD's the memory, DINO's the student and the projection, CLIP's the text.
+RECIPES = {
+    "moco-v2": Recipe(Transform(), "resnet50", ("encoder_q.",), source=_MOCO),
+    "moco-v2-head": Recipe(Transform(), "resnet50-mlp", ("encoder_q.",), source=_MOCO),
+    # USL embeds ImageNet by the head, not by the trunk.
+    "moco-eman": Recipe(Transform(), "resnet50-mlp", ("encoder_q.",), source=_EMAN),
+    "moco-eman-trunk": Recipe(Transform(), "resnet50", ("encoder_q.",), source=_EMAN),
+    "simclr": Recipe(_CIFAR, "cifar-resnet18", ("backbone.",), ("contrastive_head.",), _SCAN),
+    "cld": Recipe(_CIFAR, "cifar-resnet18-cosine", (), ("groupDis.",), _CLD),
+    # As evaluated by nearest neighbors in facebookresearch/dino and dinov2.
+    "dino": Recipe(
+        Transform(interpolation="bicubic"), "timm/vit_small_patch16_224.dino", ("backbone.",), ("head.",)
+    ),
+    "dinov2": Recipe(
+        Transform(interpolation="bicubic"),
+        "timm/vit_small_patch14_dinov2.lvd142m",
+        ("backbone.",),
+        ("dino_head.", "mask_token"),
+    ),
+    "clip": Recipe(_CLIP, "open_clip/ViT-B-16-quickgelu/openai", ("visual.",)),
+}
+_EXTRAS = {"timm": ("timm", "timm"), "open_clip": ("open_clip", "clip")}
+_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+@dataclass(frozen=True)
 class Encoder:
     """A network without its classifier, ready to embed pixels.
 
-    `encode` takes uint8 [b, h, w, 3] and returns float32 [b, dimension], rows of unit length. A row
-    whose features are all zero or not finite has no direction: it is NaN throughout.
+    `encode` takes uint8 [b, h, w, 3] and returns float32 [b, dimension], rows of unit length; `stream` does
+    so for many batches, on a GPU with copies beside the computation. A row whose features are all zero or
+    not finite has no direction: it is NaN throughout.
     """
 
     name: str
     dimension: int
     encode: Callable[[np.ndarray], np.ndarray]
+    stream: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
+
+
+def is_factory(name: str) -> bool:
+    """Tell whether a name is a person's own `package.module:factory`."""
+    return _FACTORY.fullmatch(name) is not None
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError, naming the nearest known encoder, unless the name is known."""
-    if name != PCA and name not in NAMES:
-        nearest = difflib.get_close_matches(name.lower(), (*NAMES, PCA), n=1, cutoff=0)[0]
+    """Raise UsageError, naming the nearest known encoder, unless the name is known or of a known form.
+
+    Whether timm, open_clip or a person's module has what is named is found by `transform`.
+    """
+    forms = {"timm": 2, "open_clip": 3}
+    library, *rest = name.split("/")
+    if library in forms and (len(rest) + 1 != forms[library] or not all(rest)):
+        raise UsageError(f"there is no encoder {name!r}; the form is timm/NAME or open_clip/MODEL/TAG")
+    if ":" in name and not is_factory(name):
+        raise UsageError(f"there is no encoder {name!r}; the form of your own is package.module:factory")
+    known = (*NAMES, *RECIPES, PCA)
+    if library not in forms and ":" not in name and name not in known:
+        nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]
         raise UsageError(f"there is no encoder {name!r}; the nearest known name is {nearest!r}")
 
 
-def transform(name: str, image_size: int | None) -> tuple[int, float]:
-    """Return the image size and the crop that `images.decode` needs; raises UsageError.
+def transform(name: str, image_size: int | None) -> Transform:
+    """Return how an encoder wants its images; raises UserError where its library or module is not there.
 
-    A size that is asked for keeps the crop. Resizing is bilinear for all networks, also the few whose
-    published transform is bicubic.
+    A size that is asked for keeps the crop.
     """
     check_name(name)
     if name == PCA:
         if image_size is not None and image_size > PCA_MAX_SIZE:
             raise UsageError(f"encoder pca compares small images: lower image_size to {PCA_MAX_SIZE} or less")
-        return image_size or PCA_SIZE, 1.0
-    size, shorter = _SIZE_OF.get(name, (224, 256))
-    return image_size or size, size / shorter
+        return Transform(image_size or PCA_SIZE, 1.0)
+    _check_library(name)
+    usual = _usual_transform(name)
+    return replace(usual, size=image_size or usual.size)
 
 
-def weights_id(name: str) -> str:
-    """Return the identity of the published weights, "fitted" for pca; raises UserError where there are none.
+def _usual_transform(name: str) -> Transform:
+    if name in RECIPES:
+        return RECIPES[name].transform
+    if name in NAMES:
+        size, shorter = _SIZE_OF.get(name, (224, 256))
+        # The one network whose published weights were trained with another normalization.
+        half = name == "efficientnet_v2_l"
+        return Transform(
+            size,
+            size / shorter,
+            "bicubic" if name in _BICUBIC else "bilinear",
+            (0.5,) * 3 if half else _MEAN,
+            (0.5,) * 3 if half else _STD,
+        )
+    from selective_ray import networks
 
-    IMAGENET1K_V1 also where there is a V2: V2 was trained with label smoothing and mixup, which raise
-    the accuracy but blur the distances between neighbors that the selection lives on.
+    if is_factory(name):
+        return networks.factory_transform(name)
+    return networks.timm_transform(name) if _library(name) == "timm" else networks.open_clip_transform(name)
+
+
+def _library(name: str) -> str:
+    """Return the library that an encoder's network is in, where it is one that may be absent."""
+    library = (RECIPES[name].network if name in RECIPES else name).partition("/")[0]
+    return library if library in _EXTRAS else ""
+
+
+def _check_library(name: str) -> None:
+    library = _library(name)
+    if library and importlib.util.find_spec(_EXTRAS[library][0]) is None:
+        raise UserError(
+            f"encoder {name} needs {library}, which is not installed here: "
+            f"pip install 'selective-ray[{_EXTRAS[library][1]}]'"
+        )
+
+
+def weights_id(name: str, checkpoint: str | None = None) -> str:
+    """Return the identity of an encoder's weights: of what is in a file, its hash; raises UserError.
+
+    Without a checkpoint that of the published weights, "fitted" for pca. Of torchvision's, IMAGENET1K_V1
+    also where there is a V2: V2 was trained with label smoothing and mixup, which raise the accuracy but
+    blur the distances between neighbors that the selection lives on.
     """
     check_name(name)
     if name == PCA:
         return "fitted"
-    if name in _UNPUBLISHED:
+    given = checkpoints.sha256(checkpoint) if checkpoint is not None else None
+    if is_factory(name):
+        from selective_ray import networks
+
+        source = checkpoints.sha256(networks.factory(name)[1])
+        return f"source {source}" + (f", checkpoint {given}" if given else "")
+    return given or _published_id(name)
+
+
+def _published_id(name: str) -> str:
+    if name in NAMES:
+        if name in _UNPUBLISHED:
+            raise UserError(
+                f"there are no freely licensed weights of {name}; give --checkpoint FILE, or another "
+                "--encoder"
+            )
+        return f"{_TITLE_OF[name]}_Weights.IMAGENET1K_V1"
+    if name in RECIPES and (source := RECIPES[name].source):
         raise UserError(
-            f"there are no freely licensed weights of {name}; give --checkpoint FILE, or another --encoder"
+            f"the weights of encoder {name} are not downloaded by themselves: give --checkpoint FILE, "
+            f"with {source}"
         )
-    return f"{_TITLE_OF[name]}_Weights.IMAGENET1K_V1"
+    network = RECIPES[name].network if name in RECIPES else name
+    _check_library(name)
+    from selective_ray import networks
+
+    if _library(name) == "open_clip":
+        networks.open_clip_config(network)
+        return network
+    config = networks.timm_config(network)
+    if not config.has_weights:
+        raise UserError(f"timm has no weights of {name}; give --checkpoint FILE, or another --encoder")
+    return f"timm/{config.architecture}.{config.tag}"  # the tag also where the name leaves it to timm
 
 
 def load(
@@ -131,11 +298,16 @@ def load(
     image_size: int,
     pca: dict[str, np.ndarray] | None = None,
     device: str = "cpu",
+    precision: str = "auto",
+    compile: bool = False,
+    batch: int = 1,
 ) -> Encoder:
     """Load an encoder with the weights of the checkpoint, the published ones without it, or the fitted pca.
 
-    The embedding is what the last linear layer of the network would read. Raises UserError where the
-    weights cannot be had or do not fit.
+    The embedding is what the last linear layer of a classification network would read, and of other networks
+    what they return. precision is "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it. A GPU and
+    a compiled network are tried with a batch of the size that is to come. Raises UserError where the weights
+    cannot be had or do not fit, or the network cannot take such images.
     """
     check_name(name)
     if name == PCA:
@@ -143,20 +315,60 @@ def load(
             raise UsageError("encoder pca is fitted to the images: leave out --checkpoint, or name a network")
         if pca is None:
             raise ValueError("encoder pca needs what fit_pca returned")
-        return Encoder(PCA, pca["components"].shape[1], _pca_encode(pca))
+        encode = _pca_encode(pca)
+        return Encoder(PCA, pca["components"].shape[1], encode, lambda batches: map(encode, batches))
+    wanted = transform(name, image_size)
     if checkpoint is None:
-        network = _published(name, image_size)
-        _cut_classifier(network)
-    else:
-        state = _read_state(checkpoint)
-        network = _build(name, image_size, aux_logits=False, init_weights=False)
-        _fill(network, state, _cut_classifier(network), f"checkpoint {checkpoint}", name)
-    encode = _network_encode(network, name, device)
+        weights_id(name)
+    from selective_ray import inference, networks
+
+    network = networks.build(name, image_size, published=checkpoint is None)
+    if checkpoint is not None:
+        checkpoints.fit(
+            network.module,
+            checkpoints.located(checkpoints.read(checkpoint), network.prefixes),
+            unused=network.unused,
+            adapt=network.adapt,
+            source=checkpoint,
+            encoder=name,
+        )
+    run = inference.Inference(
+        network.module, mean=wanted.mean, std=wanted.std, device=device, precision=precision
+    )
+    dimension = _dimension(run, name, image_size, batch if device != "cpu" else 1)
+    if compile:
+        run.compile()
+        try:
+            run.probe(batch, image_size)
+        except Exception as error:  # of the compilers that torch calls
+            raise UserError(
+                f"encoder {name} cannot be compiled here ({first_line(error)}); set embed.compile to false"
+            ) from error
+    return Encoder(name, dimension, run.encode, run.stream)
+
+
+def _dimension(run: "inference.Inference", name: str, image_size: int, batch: int) -> int:
+    """Try a batch of black images; returns d, or raises UserError."""
+    import torch
+
+    from selective_ray import networks
+
     try:
-        probe = encode(np.zeros((1, image_size, image_size, 3), np.uint8))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise _wrong_size(name, image_size, error) from error
-    return Encoder(name, probe.shape[1], encode)
+        features = run.probe(batch, image_size)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{batch} images of {image_size} pixels are more than encoder {name} has memory for on this "
+            "device; set a smaller embed.batch"
+        ) from error
+    except Exception as error:  # a network may raise anything for what it was not made for
+        raise networks.wrong_size(name, image_size, error) from error
+    shape = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+    if not isinstance(shape, list) or len(shape) != 2 or shape[0] != batch:
+        raise UserError(
+            f"encoder {name} returns {shape} for a batch of {batch}; it must return one row for each image, "
+            f"[{batch}, d]"
+        )
+    return shape[1]
 
 
 def fit_pca(pixels: np.ndarray, dimension: int = 64) -> dict[str, np.ndarray]:
@@ -184,33 +396,7 @@ def fit_pca(pixels: np.ndarray, dimension: int = 64) -> dict[str, np.ndarray]:
     return {"mean": mean.astype(np.float32), "components": components.astype(np.float32)}
 
 
-def _pca_encode(pca: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        x = pixels.reshape(len(pixels), -1).astype(np.float32) / np.float32(255)
-        return _unit((x - pca["mean"]) @ pca["components"])
-
-    return encode
-
-
-def _network_encode(network: "torch.nn.Module", name: str, device: str) -> Callable[[np.ndarray], np.ndarray]:
-    import torch
-
-    # The one network whose published weights were trained with another normalization.
-    half = name == "efficientnet_v2_l"
-    mean = torch.tensor((0.5,) * 3 if half else _MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor((0.5,) * 3 if half else _STD, device=device).view(3, 1, 1)
-    network = network.to(device, memory_format=torch.channels_last).eval()
-
-    @torch.inference_mode()
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        # torch.tensor copies: an array out of an object store is read-only, which from_numpy warns about.
-        x = torch.tensor(pixels, device=device).permute(0, 3, 1, 2)  # channels last in memory
-        return _unit(network((x.float() / 255 - mean) / std).float().cpu().numpy())
-
-    return encode
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit(features: np.ndarray) -> np.ndarray:
     """Scale the rows of float32 [b, d] to unit length; NaN where there is no direction."""
     features = features.astype(np.float64)  # squares of float32 overflow
     norms = np.linalg.norm(features, axis=1, keepdims=True)
@@ -218,141 +404,9 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return (features / norms).astype(np.float32)
 
 
-def _published(name: str, image_size: int) -> "torch.nn.Module":
-    weights = weights_id(name)
-    try:
-        return _build(name, image_size, weights=weights)
-    except (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"could not download the weights {weights} of encoder {name} ({_line(error)}); give a file "
-            "that holds them with --checkpoint FILE, or use --encoder pca, which needs none"
-        ) from error
+def _pca_encode(pca: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        x = pixels.reshape(len(pixels), -1).astype(np.float32) / np.float32(255)
+        return unit((x - pca["mean"]) @ pca["components"])
 
-
-def _build(name: str, image_size: int, **options: object) -> "torch.nn.Module":
-    from torchvision import models
-
-    if name in ("googlenet", "inception_v3"):
-        options["transform_input"] = True  # as the published weights want it, also when they come in a file
-    else:
-        options = {key: value for key, value in options.items() if key == "weights"}
-    if name.startswith("vit_"):
-        options["image_size"] = image_size
-    if name == "maxvit_t":
-        options["input_size"] = (image_size, image_size)
-    try:
-        return models.get_model(name, progress=False, **options)
-    except (ValueError, AssertionError) as error:
-        raise _wrong_size(name, image_size, error) from error
-
-
-def _wrong_size(name: str, image_size: int, error: Exception) -> UserError:
-    usual, _ = transform(name, None)
-    return UserError(
-        f"encoder {name} cannot take images of {image_size} pixels ({_line(error)}); "
-        f"its usual image_size is {usual}"
-    )
-
-
-def _cut_classifier(network: "torch.nn.Module") -> str:
-    """Take the last linear layer off the network; returns the prefix of its names in a state dict."""
-    from torch import nn
-
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:  # squeezenet classifies by convolution
-        network.classifier = nn.AdaptiveAvgPool2d(1)
-        return "classifier."
-    network.set_submodule(linear[-1], nn.Identity())
-    return f"{linear[-1]}."
-
-
-def _read_state(path: str) -> Mapping[str, "torch.Tensor"]:
-    """Read a state dict from a file; raises UserError."""
-    import torch
-
-    remedy = "save the weights with torch.save(network.state_dict(), FILE)"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns about is refused below
-            # weights_only: any other pickle may run a program when it is loaded.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; check --checkpoint") from None
-    except IsADirectoryError:
-        raise UserError(
-            f"checkpoint {path} is a folder; give the file in it that holds the weights"
-        ) from None
-    except PermissionError:
-        raise UserError(f"checkpoint {path} is not readable for this user; change its permissions") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} is damaged or holds more than tensors, which is never loaded because "
-            f"it could run a program; {remedy}"
-        ) from error
-    except Exception as error:  # whatever the broken bytes lead torch to
-        raise UserError(
-            f"checkpoint {path} is damaged ({_line(error)}); copy it again, or {remedy}"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    if not (isinstance(state, Mapping) and state and _all_named_tensors(state)):
-        raise UserError(f"checkpoint {path} holds no state dict, or more than that; {remedy}")
-    return state
-
-
-def _all_named_tensors(state: Mapping) -> bool:
-    import torch
-
-    return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
-
-
-def _fill(
-    network: "torch.nn.Module", state: Mapping[str, "torch.Tensor"], unused: str, source: str, name: str
-) -> None:
-    """Load a state dict into the network; raises UserError that lists what does not fit."""
-    own = network.state_dict()
-    # Layers write their version beside the tensors; without it they accept what older ones saved. mnasnet
-    # insists on one.
-    versions = getattr(state, "_metadata", None) or {"": own._metadata[""]}
-    if all(key.startswith("module.") for key in state):  # saved from DataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        versions = {key.removeprefix("module").removeprefix("."): value for key, value in versions.items()}
-    if name.startswith("densenet"):  # the published files have the names of an older torchvision
-        state = {
-            re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): state[key] for key in state
-        }
-    auxiliary = ("aux1.", "aux2.", "AuxLogits.") if name in ("googlenet", "inception_v3") else ()
-    state = {key: value for key, value in state.items() if not key.startswith((unused, *auxiliary))}
-    reshaped = {key for key, value in state.items() if key in own and value.shape != own[key].shape}
-    fitting = OrderedDict((key, value) for key, value in state.items() if key not in reshaped)
-    fitting._metadata = versions
-    result = network.load_state_dict(fitting, strict=False)
-    missing = [key for key in result.missing_keys if key not in reshaped]
-    shapes = [f"{key} {_shape(state[key])} instead of {_shape(own[key])}" for key in state if key in reshaped]
-    complaints = (
-        ("missing", missing),
-        ("unexpected", result.unexpected_keys),
-        ("of another shape", shapes),
-    )
-    found = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in complaints if keys]
-    if found:
-        raise UserError(
-            f"{source} does not fit encoder {name} ({'; '.join(found)}); "
-            "name the network that it was trained as with --encoder"
-        )
-
-
-def _some(keys: list[str], most: int = 5) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
-
-
-def _shape(tensor: "torch.Tensor") -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return encode

@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """The request itself cannot be right, whatever the data (exit status 2)."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library's error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

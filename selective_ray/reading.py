@@ -224,6 +224,7 @@ def decoded(
     *,
     size: int,
     crop: float,
+    interpolation: str = "bilinear",
     access: Access = DIRECT,
     column: str | None = None,
     read: Read = objects.read,
@@ -239,6 +240,6 @@ def decoded(
             if isinstance(data, Rejected):
                 raise data
             digest = hashlib.blake2b(data, digest_size=len(NO_DIGEST)).digest()
-            yield images.decode(data, size=size, crop=crop), digest, ""
+            yield images.decode(data, size=size, crop=crop, interpolation=interpolation), digest, ""
         except Rejected as rejected:
             yield None, digest, str(rejected)

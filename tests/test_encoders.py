@@ -1,5 +1,7 @@
 """Encoders: names and transforms against torchvision, embeddings against a forward pass by hand."""
 
+import functools
+import itertools
 import pickle
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from torchvision import models
 from selective_ray import encoders
 from selective_ray.encoders import check_name, fit_pca, load, transform, weights_id
 from selective_ray.errors import UsageError, UserError
+from selective_ray.inference import autocast_dtype, overlapped
 
 
 @pytest.fixture(autouse=True)
@@ -70,25 +73,38 @@ def test_transforms_and_weights_are_those_of_the_published_weights():
                 weights_id(name)
             continue
         published = available[weights_id(name)].transforms()
-        size, crop = transform(name, None)
-        assert ([size], [round(size / crop)]) == (published.crop_size, published.resize_size), name
-        half = name == "efficientnet_v2_l"
-        assert published.mean == ([0.5] * 3 if half else list(encoders._MEAN)), name
-        assert published.std == ([0.5] * 3 if half else list(encoders._STD)), name
+        ours = transform(name, None)
+        shorter = round(ours.size / ours.crop)
+        assert ([ours.size], [shorter]) == (published.crop_size, published.resize_size), name
+        assert ours.interpolation == published.interpolation.value, name
+        assert (published.mean, published.std) == (list(ours.mean), list(ours.std)), name
 
 
 def test_an_asked_size_keeps_the_crop():
-    assert transform("resnet50", None) == (224, 0.875)
-    assert transform("resnet50", 96) == (96, 0.875)
-    assert transform("pca", None) == (16, 1.0)
-    assert transform("pca", 8) == (8, 1.0)
+    for name, asked, size, crop in (
+        ("resnet50", None, 224, 0.875),
+        ("resnet50", 96, 96, 0.875),
+        ("clip", 336, 336, 1.0),
+        ("pca", None, 16, 1.0),
+        ("pca", 8, 8, 1.0),
+    ):
+        assert (transform(name, asked).size, transform(name, asked).crop) == (size, crop)
     with pytest.raises(UsageError, match="lower image_size to 32"):
         transform("pca", 224)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/", "timm/a/b", "open_clip/ViT-B-16", "open_clip//x", ":f", "a:", "a b:c"]
+)
+def test_a_form_that_is_not_kept_gets_the_form(name):
+    with pytest.raises(UsageError, match=r"the form (is timm/NAME or open_clip|of your own is package)"):
+        check_name(name)
 
 
 def test_import_names_and_transforms_need_no_torch():
     code = (
         "import sys; from selective_ray import encoders as e; e.transform('resnet50', None); "
+        "e.transform('cld', None); e.transform('dino', None); e.check_name('timm/x'); "
         "e.weights_id('resnet50'); sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -171,7 +187,7 @@ def test_a_row_without_direction_is_nan(tmp_path):
     torch.save({key: torch.zeros_like(value) for key, value in state.items()}, tmp_path / "zeros.pth")
     encoder = load("squeezenet1_1", checkpoint=str(tmp_path / "zeros.pth"), image_size=64)
     assert np.isnan(encoder.encode(pixels_of(2, 64))).all()
-    got = encoders._unit(np.array([[0, 0], [3, 4], [np.inf, 1], [3e38, 4e-38], [1e-40, 0]], np.float32))
+    got = encoders.unit(np.array([[0, 0], [3, 4], [np.inf, 1], [3e38, 4e-38], [1e-40, 0]], np.float32))
     assert np.isnan(got[[0, 2]]).all()
     np.testing.assert_allclose(got[[1, 3, 4]], [[0.6, 0.8], [1, 0], [1, 0]], atol=1e-7)
 
@@ -388,3 +404,315 @@ def test_pca_takes_no_checkpoint_and_needs_its_fit():
         load("pca", checkpoint="x.pth", image_size=16)
     with pytest.raises(ValueError, match="fit_pca"):
         load("pca", checkpoint=None, image_size=16)
+
+
+# timm and open_clip
+
+
+def test_every_network_of_timm_has_its_transform():
+    import timm
+
+    for name in timm.list_models(pretrained=True):
+        config = timm.get_pretrained_cfg(name)
+        ours = transform(f"timm/{name}", None)
+        assert (ours.size, ours.crop) == (config.input_size[-1], min(config.crop_pct, 1)), name
+        assert ours.interpolation in ("bilinear", "bicubic") and (ours.mean, ours.std) == (
+            config.mean,
+            config.std,
+        )
+
+
+def test_every_image_tower_of_open_clip_has_its_transform():
+    import open_clip
+
+    for model, tag in open_clip.list_pretrained():
+        published = open_clip.get_pretrained_cfg(model, tag)
+        ours = transform(f"open_clip/{model}/{tag}", None)
+        assert ours.size >= 224 and ours.crop == 1.0, (model, tag)
+        assert (ours.interpolation, ours.mean) == (published["interpolation"], published["mean"])
+    clip = transform("open_clip/ViT-B-16/openai", None)
+    assert clip == transform("clip", None)
+    assert transform("open_clip/ViT-L-14-336/openai", None).size == 336
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("timm/resnet5O", "resnet50"),
+        ("timm/resnet50.a1_in1l", "resnet50.a1_in1k"),
+        ("open_clip/ViT-B-16/openal", "open_clip/ViT-B-16/openai"),
+    ],
+)
+def test_a_name_that_a_library_lacks_gets_its_nearest(name, nearest):
+    check_name(name)
+    for use in (lambda: transform(name, None), lambda: weights_id(name)):
+        with pytest.raises(UsageError, match=f"the nearest that it has is '{nearest}"):
+            use()
+
+
+def test_a_network_of_timm_from_a_file(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    whole = timm.create_model("test_vit.r160_in1k").eval()
+    torch.save({"state_dict": whole.state_dict(), "epoch": 3}, tmp_path / "timm.pth")
+    pixels = pixels_of(2, 160)
+    config = whole.pretrained_cfg
+    x = (torch.from_numpy(pixels).float() / 255 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+    with torch.no_grad():
+        tokens = whole.forward_features(x.permute(0, 3, 1, 2))
+        expected = torch.nn.functional.normalize(whole.forward_head(tokens, pre_logits=True), dim=1)
+    encoder = load("timm/test_vit.r160_in1k", checkpoint=str(tmp_path / "timm.pth"), image_size=160)
+    np.testing.assert_allclose(encoder.encode(pixels), expected.numpy(), atol=1e-5)
+    other = load("timm/test_vit.r160_in1k", checkpoint=str(tmp_path / "timm.pth"), image_size=96)
+    assert other.dimension == encoder.dimension == 64
+    with pytest.raises(UserError, match="does not fit encoder timm/test_resnet"):
+        load("timm/test_resnet.r160_in1k", checkpoint=str(tmp_path / "timm.pth"), image_size=160)
+
+
+@pytest.mark.parametrize("name", ["dino", "dinov2", "timm/resnet18", "clip", "open_clip/ViT-B-32/openai"])
+def test_a_missing_library_says_how_to_install_it(name, monkeypatch):
+    extra, library = ("clip", "open_clip") if "clip" in name else ("timm", "timm")
+    monkeypatch.setitem(sys.modules, library, None)
+    check_name(name)
+    sentence = rf"encoder {name} needs {library}, .* pip install 'selective-ray\[{extra}\]'"
+    for use in (
+        lambda: transform(name, None),
+        lambda: weights_id(name),
+        lambda: load(name, checkpoint=None, image_size=224),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            use()
+
+
+def test_weights_from_a_hub_are_named_whole():
+    assert weights_id("timm/resnet50") == weights_id("timm/resnet50.a1_in1k") == "timm/resnet50.a1_in1k"
+    assert weights_id("dino") == "timm/vit_small_patch16_224.dino"
+    assert weights_id("dinov2") == "timm/vit_small_patch14_dinov2.lvd142m"
+    assert weights_id("clip") == "open_clip/ViT-B-16-quickgelu/openai"
+    with pytest.raises(UserError, match="timm has no weights of timm/vit_base_patch32_plus_256"):
+        weights_id("timm/vit_base_patch32_plus_256")
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit.r160_in1k", "open_clip/RN50/openai"])
+def test_a_hub_that_is_out_of_reach_names_the_remedies(name, monkeypatch):
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    import open_clip.factory
+    import timm.models._builder
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", fail)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
+    with pytest.raises(UserError, match=r"could not download .*no route to host.*--checkpoint FILE"):
+        load(name, checkpoint=None, image_size=transform(name, None).size)
+
+
+# A person's own
+
+
+OWN = """
+import torch
+
+class Mean(torch.nn.Module):
+    def __init__(self, image_size=7):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.rand(3) + image_size)
+
+    def forward(self, x):
+        return x.mean((2, 3)) * self.scale
+
+Mean.image_size, Mean.crop, Mean.interpolation = 12, 1.0, "bicubic"
+Mean.mean, Mean.std = [0, 0, 0], [1, 1, 1]
+
+def plain():
+    return Mean()
+
+def number():
+    return 7
+
+def broken():
+    raise KeyError("weights")
+
+def maps(): return torch.nn.Identity()
+def pair(): return torch.nn.LSTM(8, 2)
+
+def large(image_size): return Mean()
+large.image_size, large.std = 0.5, (1, 0, 1)
+seven = 7
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of a person's own in the folder where the command runs; returns its path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"own_{tmp_path.name}.py"
+    path.write_text(OWN)
+    yield path
+    sys.modules.pop(path.stem, None)
+
+
+def test_a_persons_own_network_and_its_transform(own):
+    name = f"{own.stem}:Mean"
+    ours = transform(name, None)
+    assert (ours.size, ours.crop, ours.interpolation) == (12, 1.0, "bicubic")
+    assert (ours.mean, ours.std) == ((0, 0, 0), (1, 1, 1))
+    assert transform(f"{own.stem}:plain", None) == encoders.Transform()
+    pixels = pixels_of(2, 12)
+    first, second = (load(name, checkpoint=None, image_size=12) for _ in range(2))
+    assert first.dimension == 3
+    assert np.array_equal(first.encode(pixels), second.encode(pixels))  # random weights are the same ones
+    scale = torch.tensor([1.0, 2.0, 4.0])
+    torch.save({"scale": scale}, own.parent / "own.pth")
+    expected = pixels.mean((1, 2)) * scale.numpy()
+    got = load(name, checkpoint=str(own.parent / "own.pth"), image_size=12).encode(pixels)
+    np.testing.assert_allclose(got, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+    torch.save({"size": scale}, own.parent / "other.pth")
+    with pytest.raises(UserError, match=r"1 missing: scale; 1 unexpected: size"):
+        load(name, checkpoint=str(own.parent / "other.pth"), image_size=12)
+
+
+def test_the_identity_of_a_persons_own_is_its_source_and_checkpoint(own):
+    name = f"{own.stem}:plain"
+    torch.save({"scale": torch.ones(3)}, own.parent / "own.pth")
+    first, given = weights_id(name), weights_id(name, str(own.parent / "own.pth"))
+    assert first.startswith("source sha256:") and given.startswith(first) and "checkpoint sha256:" in given
+    own.write_text(OWN + "# changed")
+    assert weights_id(name) != first
+
+
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [
+        ("gone.module:f", "cannot be imported .*No module named 'gone'"),
+        ("{}:gone", "is no function that returns a network: .* has no such name"),
+        ("{}:seven", "is no function that returns a network: .* has a int there"),
+        ("{}:number", "returns a int; it must return a torch.nn.Module"),
+        ("{}:broken", "cannot be made .*KeyError: 'weights'.* without arguments"),
+        ("{}:maps", r"returns \[1, 3, 16, 16\] .* one row for each image, \[1, d\]"),
+        ("{}:pair", "cannot take images of 16 pixels"),
+        ("{}:large", r"image_size = 0.5 is not a whole number .*; std = \(1, 0, 1\) is not three numbers"),
+    ],
+)
+def test_a_persons_own_that_does_not_work_gets_a_sentence(factory, sentence, own):
+    name = factory.format(own.stem)
+    check_name(name)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load(name, checkpoint=None, image_size=16)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_module_that_breaks_on_import_gets_a_sentence(own):
+    own.write_text("raise ValueError('no license')")
+    with pytest.raises(UserError, match=r"cannot be imported \(ValueError: no license\)"):
+        transform(f"{own.stem}:f", None)
+
+
+# On a device
+
+
+def test_a_stream_is_the_same_as_one_after_the_other(resnet18):
+    encoder = load("resnet18", checkpoint=str(resnet18), image_size=64)
+    batches = [pixels_of(2, 64, seed=seed) for seed in range(3)]
+    assert all(
+        np.array_equal(streamed, encoder.encode(batch))
+        for streamed, batch in zip(encoder.stream(iter(batches)), batches, strict=True)
+    )
+    assert list(encoder.stream([])) == []
+    pca = load("pca", checkpoint=None, image_size=4, pca=fit_pca(pixels_of(40, 4), 6))
+    assert [len(x) for x in pca.stream([pixels_of(3, 4), pixels_of(1, 4)])] == [3, 1]
+
+
+def test_a_batch_is_launched_before_the_one_ahead_of_it_is_fetched():
+    for count in range(4):
+        events = []
+
+        def batches(count=count, events=events):
+            for i in range(count):
+                events.append(f"take {i}")
+                yield i
+
+        def launch(i, events=events):
+            events.append(f"launch {i}")
+            return i
+
+        def fetch(i, events=events):
+            events.append(f"fetch {i}")
+            return i
+
+        assert list(overlapped(batches(), launch, fetch)) == list(range(count))
+        for i, j in itertools.pairwise(range(count)):
+            assert events.index(f"launch {j}") < events.index(f"fetch {i}") < events.index(f"launch {j}") + 2
+
+
+def test_bfloat16_is_close_and_only_where_it_is_asked_for(resnet18):
+    pixels = pixels_of(4, 64)
+    exact, automatic, half = (
+        load("resnet18", checkpoint=str(resnet18), image_size=64, precision=precision).encode(pixels)
+        for precision in ("float32", "auto", "bfloat16")
+    )
+    assert np.array_equal(exact, automatic)
+    assert not np.array_equal(exact, half) and half.dtype == np.float32
+    assert (np.sum(exact * half, axis=1) > 0.999).all()
+
+
+def test_a_gpu_without_bfloat16(monkeypatch):
+    for able in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        assert autocast_dtype("cuda", "float32") is None
+        assert autocast_dtype("cuda:1", "auto") == (torch.bfloat16 if able else None)
+    with pytest.raises(UserError, match=r"set embed\.precision to auto"):
+        autocast_dtype("cuda", "bfloat16")
+
+
+def test_a_compiled_network_gives_the_same(resnet18, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    pixels = pixels_of(2, 64)
+    options = {"checkpoint": str(resnet18), "image_size": 64}
+    plain = load("resnet18", **options).encode(pixels)
+    compiled = load("resnet18", **options, compile=True, batch=2).encode(pixels)
+    np.testing.assert_allclose(compiled, plain, atol=1e-6)
+
+
+def test_a_compiler_that_is_missing_gets_a_sentence(resnet18, monkeypatch):
+    def fail(network, **options):
+        def broken(x):
+            raise RuntimeError("no working C++ compiler")
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"no working C\+\+ compiler\); set embed.compile to false"):
+        load("resnet18", checkpoint=str(resnet18), image_size=64, compile=True)
+
+
+def test_the_identity_of_embeddings_has_all_that_makes_them(resnet18, own):
+    from selective_ray import config
+    from selective_ray.actors.embeddings import identity
+
+    def what(**options):
+        settings, _ = config.load(options={f"embed.{key}": value for key, value in options.items()})
+        return identity(settings)
+
+    given = {"encoder": "resnet18", "checkpoint": str(resnet18)}
+    first = what(**given)
+    assert first == what(**given, precision="auto", compile=False)
+    assert first["embed"] == {
+        "encoder": "resnet18",
+        "weights": weights_id("resnet18", str(resnet18)),
+        "image_size": 224,
+        "crop": 0.875,
+        "interpolation": "bilinear",
+        "dtype": "float32",
+        "batch": 64,
+        "precision": "auto",
+        "compile": False,
+    }
+    assert what(**given, precision="bfloat16") != first != what(**given, compile=True)
+    mine = what(encoder=f"{own.stem}:Mean")
+    assert (mine["embed"]["image_size"], mine["embed"]["interpolation"]) == (12, "bicubic")
+    own.write_text(OWN + "# changed")
+    assert what(encoder=f"{own.stem}:Mean") != mine
+    assert not {"precision", "compile"} & what(encoder="pca")["embed"].keys()

@@ -7,20 +7,18 @@ begun with the shards that are left, the ranges that may have held it up in smal
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import encoders, objects
+from selective_ray import checkpoints, encoders, objects
 from selective_ray.actors import since
 from selective_ray.actors.session import Session, peak_memory, unwrapped
 from selective_ray.actors.wave import (
@@ -128,32 +126,22 @@ def _nothing_usable(n: int, reasons: Counter[str]) -> str:
 def identity(config: Config) -> dict[str, Any]:
     """Return what the embeddings depend on, as their manifest has it; hashes the checkpoint."""
     embed = config.embed
-    size, crop = encoders.transform(embed.encoder, embed.image_size)
+    transform = encoders.transform(embed.encoder, embed.image_size)
     what: dict[str, Any] = {
         "embed": {
             "encoder": embed.encoder,
-            "weights": _weights(embed.encoder, embed.checkpoint),
-            "image_size": size,
-            "crop": crop,
+            "weights": encoders.weights_id(embed.encoder, embed.checkpoint),
+            "image_size": transform.size,
+            "crop": transform.crop,
+            "interpolation": transform.interpolation,
             "dtype": embed.dtype,
             "batch": embed.batch,
         }
     }
-    return what | ({"seed": config.seed} if embed.encoder == encoders.PCA else {})
-
-
-def _weights(encoder: str, checkpoint: str | None) -> str:
-    if encoder == encoders.PCA:
-        return "fitted"
-    if checkpoint is None:
-        return encoders.weights_id(encoder)
-    try:
-        with Path(checkpoint).open("rb") as file:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"checkpoint {checkpoint} cannot be read ({error.strerror}); check --checkpoint"
-        ) from None
+    if embed.encoder == encoders.PCA:
+        return what | {"seed": config.seed}
+    what["embed"] |= {"precision": embed.precision, "compile": embed.compile}
+    return what
 
 
 class _Rejections:
@@ -235,8 +223,8 @@ def embed(
     for shard in finished:
         rejections.add(shard, rows[shard], *_reasons(run, shard))
         rejections.keep(shard)
-    size, crop = what["embed"]["image_size"], what["embed"]["crop"]
-    pixels = Pixels(size, crop, config.embed.batch)
+    made = what["embed"]
+    pixels = Pixels(made["image_size"], made["crop"], made["batch"], made["interpolation"])
     how = Reading(config.resources.access(), images.what.get("images", {}).get("column"), read)
     work, steady = Work(), 0.0
     with reporter.stage("embed", images.rows, "images", images.rows - sum(todo.values())) as bar:
@@ -287,8 +275,10 @@ def _reasons(run: Run, shard: int) -> tuple[Counter[str], dict[str, list[str]]]:
 
 def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Reading) -> EncoderSpec:
     embed = config.embed
-    checkpoint = embed.checkpoint and str(Path(embed.checkpoint).absolute())
-    spec = EncoderSpec(embed.encoder, checkpoint, pixels.size)
+    checkpoint = embed.checkpoint and checkpoints.absolute(embed.checkpoint)
+    spec = EncoderSpec(
+        embed.encoder, checkpoint, pixels.size, embed.precision, embed.compile, batch=pixels.batch
+    )
     if embed.encoder != encoders.PCA:
         return spec
     patience = config.resources.start_seconds

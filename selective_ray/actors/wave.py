@@ -67,11 +67,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How images become batches: their size, crop, and rows of a padded batch."""
+    """How images become batches: their size, crop, rows of a padded batch, and interpolation."""
 
     size: int
     crop: float
     batch: int
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Reading:
     def decoded(self, rows: pa.Table, pixels: Pixels) -> Iterator[tuple[np.ndarray | None, bytes, str]]:
         """Read and decode rows of a listing, as `reading.decoded` does."""
         how = {"access": self.access, "column": self.column, "read": self.read}
-        return reading.decoded(rows, size=pixels.size, crop=pixels.crop, **how)
+        shape = {"size": pixels.size, "crop": pixels.crop, "interpolation": pixels.interpolation}
+        return reading.decoded(rows, **shape, **how)
 
 
 @functools.lru_cache(maxsize=2)
@@ -145,17 +147,30 @@ class EncoderSpec:
     name: str
     checkpoint: str | None
     image_size: int
+    precision: str = "auto"
+    compile: bool = False
     pca: dict[str, np.ndarray] | None = None
+    batch: int = 1
 
     def load(self, device: str) -> encoders.Encoder:
         """Load the encoder on a device."""
         return encoders.load(
-            self.name, checkpoint=self.checkpoint, image_size=self.image_size, pca=self.pca, device=device
+            self.name,
+            checkpoint=self.checkpoint,
+            image_size=self.image_size,
+            pca=self.pca,
+            device=device,
+            precision=self.precision,
+            compile=self.compile,
+            batch=self.batch,
         )
 
 
 class Encode:
-    """Turns batches of pixels into embeddings; one per actor."""
+    """Turns batches of pixels into embeddings; one per actor.
+
+    A block holds the batches of a decode task: on a GPU the next is copied while the last is computed.
+    """
 
     def __init__(self, spec: EncoderSpec, device: str) -> None:
         if spec.name != encoders.PCA:
@@ -178,7 +193,7 @@ class Encode:
         if any(refusals):
             embeddings = np.zeros((*block["slots"].shape, 1), np.float32)
         else:
-            embeddings = np.stack([self.encoder.encode(pixels) for pixels in block["pixels"]])
+            embeddings = np.stack(list(self.encoder.stream(block["pixels"])))
         seconds = (time.monotonic() - began) / len(refusals)
         passed_on = ("shard", "start", "slots", "digests", "rejected", "decode_seconds")
         return {
