@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from selective_ray import objects
 from selective_ray.errors import UserError, first_line
+from selective_ray.objects import DIRECT, Access
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a checkpoint is hashed without it
     import torch
@@ -31,50 +33,44 @@ def absolute(uri: str) -> str:
     return uri if _SCHEME.match(uri) else str(Path(uri).absolute())
 
 
-def open_checkpoint(uri: str) -> BinaryIO:
-    """Open a checkpoint to read: a path, or a URI that pyarrow's filesystems open (s3://, gs://, abfs://, …).
+def open_checkpoint(uri: str, access: Access = DIRECT) -> BinaryIO:
+    """Open a checkpoint to read: a path, or a URI of any store that `objects` reaches.
 
     Its bytes can be read from any position. Raises UserError.
     """
     try:
-        if not _SCHEME.match(uri):
-            return Path(uri).open("rb")
-        import pyarrow.fs
-
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
-        if filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory:
-            raise IsADirectoryError
-        return filesystem.open_input_file(path)
+        if objects.is_local(uri):
+            return Path(objects.local_path(uri)).open("rb")
+        # Archives are read in many small pieces, each a request where the file is in a bucket.
+        return io.BytesIO(objects.read(objects.Request(uri), access))
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {uri}; check --checkpoint") from None
     except IsADirectoryError:
         raise UserError(f"checkpoint {uri} is a folder; give the file in it that holds the weights") from None
     except PermissionError:
         raise UserError(f"checkpoint {uri} is not readable for this user; change its permissions") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors, a bucket's are OSErrors
+    except OSError as error:
         raise UserError(
             f"checkpoint {uri} cannot be read ({first_line(error)}); check --checkpoint and the access to "
             "it, or copy the file to this machine"
         ) from None
 
 
-def sha256(uri: str) -> str:
+def sha256(uri: str, access: Access = DIRECT) -> str:
     """Return the hash of a checkpoint's bytes, "sha256:…"; raises UserError."""
-    with open_checkpoint(uri) as file:
+    with open_checkpoint(uri, access) as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read(uri: str) -> Mapping[str, "torch.Tensor"]:
+def read(uri: str, access: Access = DIRECT) -> Mapping[str, "torch.Tensor"]:
     """Read the state dict in a checkpoint, and run nothing that is in it; raises UserError.
 
     Takes what torch.save wrote, plain or in a training program's wrapper, safetensors, and TorchScript
     archives, which OpenAI published CLIP as.
     """
-    with open_checkpoint(uri) as file:
-        # Archives are read in many small pieces, each a request where the file is in a bucket.
-        content = io.BytesIO(file.read()) if _SCHEME.match(uri) else file
+    with open_checkpoint(uri, access) as file:
         try:
-            state = _load(content)
+            state = _load(file)
         except UserError:
             raise
         except pickle.UnpicklingError as error:

@@ -22,6 +22,7 @@ import numpy as np
 
 from selective_ray import checkpoints
 from selective_ray.errors import UsageError, UserError, first_line
+from selective_ray.objects import DIRECT, Access
 
 if TYPE_CHECKING:
     # torch takes seconds to import, and most commands never encode: what needs it is imported where a network
@@ -246,7 +247,7 @@ def _check_library(name: str) -> None:
         )
 
 
-def weights_id(name: str, checkpoint: str | None = None) -> str:
+def weights_id(name: str, checkpoint: str | None = None, access: Access = DIRECT) -> str:
     """Return the identity of an encoder's weights: of what is in a file, its hash; raises UserError.
 
     Without a checkpoint that of the published weights, "fitted" for pca. Of torchvision's, IMAGENET1K_V1
@@ -256,7 +257,7 @@ def weights_id(name: str, checkpoint: str | None = None) -> str:
     check_name(name)
     if name == PCA:
         return "fitted"
-    given = checkpoints.sha256(checkpoint) if checkpoint is not None else None
+    given = checkpoints.sha256(checkpoint, access) if checkpoint is not None else None
     if is_factory(name):
         from selective_ray import networks
 
@@ -301,6 +302,7 @@ def load(
     precision: str = "auto",
     compile: bool = False,
     batch: int = 1,
+    access: Access = DIRECT,
 ) -> Encoder:
     """Load an encoder with the weights of the checkpoint, the published ones without it, or the fitted pca.
 
@@ -326,7 +328,7 @@ def load(
     if checkpoint is not None:
         checkpoints.fit(
             network.module,
-            checkpoints.located(checkpoints.read(checkpoint), network.prefixes),
+            checkpoints.located(checkpoints.read(checkpoint, access), network.prefixes),
             unused=network.unused,
             adapt=network.adapt,
             source=checkpoint,

@@ -113,7 +113,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     if scheme not in SCHEMES:
         raise UsageError(
             f"{uri!r} cannot be opened: give a local path, or a URI that begins with one of "
-            f"{', '.join(f'{name}://' for name in SCHEMES)}; check --images and --run"
+            f"{', '.join(f'{name}://' for name in SCHEMES)}; check --images, --run and --checkpoint"
         )
     if ":" in place or ("@" in place and not scheme.startswith("abfs")):
         raise UsageError(

@@ -130,7 +130,7 @@ def identity(config: Config) -> dict[str, Any]:
     what: dict[str, Any] = {
         "embed": {
             "encoder": embed.encoder,
-            "weights": encoders.weights_id(embed.encoder, embed.checkpoint),
+            "weights": encoders.weights_id(embed.encoder, embed.checkpoint, config.resources.access()),
             "image_size": transform.size,
             "crop": transform.crop,
             "interpolation": transform.interpolation,
@@ -277,7 +277,9 @@ def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Readin
     embed = config.embed
     checkpoint = embed.checkpoint and checkpoints.absolute(embed.checkpoint)
     spec = EncoderSpec(
-        embed.encoder, checkpoint, pixels.size, embed.precision, embed.compile, batch=pixels.batch
+        *(embed.encoder, checkpoint, pixels.size, embed.precision, embed.compile),
+        batch=pixels.batch,
+        access=how.access,
     )
     if embed.encoder != encoders.PCA:
         return spec

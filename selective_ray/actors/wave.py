@@ -27,7 +27,7 @@ from selective_ray.actors.images import table_of
 from selective_ray.actors.session import cpus, gpus, peak_memory, unwrapped
 from selective_ray.config import Resources
 from selective_ray.errors import UserError
-from selective_ray.objects import Access
+from selective_ray.objects import DIRECT, Access
 from selective_ray.reading import Read
 from selective_ray.schema import REJECTED, embeddings_schema
 from selective_ray.store import Run, Shard
@@ -151,6 +151,7 @@ class EncoderSpec:
     compile: bool = False
     pca: dict[str, np.ndarray] | None = None
     batch: int = 1
+    access: Access = DIRECT
 
     def load(self, device: str) -> encoders.Encoder:
         """Load the encoder on a device."""
@@ -163,6 +164,7 @@ class EncoderSpec:
             precision=self.precision,
             compile=self.compile,
             batch=self.batch,
+            access=self.access,
         )
 
 
