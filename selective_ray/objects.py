@@ -33,7 +33,9 @@ SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 # What a store answers when the one who asks is the problem, not the object.
 _CREDENTIALS = re.compile(
     r"ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|"
-    r"RequestTimeTooSkewed|RequestExpired|UnauthorizedAccess|NoCredentials|AuthenticationFailed"
+    r"RequestTimeTooSkewed|RequestExpired|UnauthorizedAccess|NoCredentials|AuthenticationFailed|"
+    # The answer to HEAD has no body to say more.
+    r"performing HEAD .* 400 Bad Request"
 )
 # The library's own attempts are repeated so often: it does not try again where a body breaks off.
 ROUNDS = 3
@@ -258,11 +260,11 @@ def _attempt(action: Any, base: str, uri: str, access: Access) -> Any:
 
 def _code(text: str) -> str:
     """Return the store's own word for what went wrong, else how the connection failed, in a few words."""
-    found = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"status (\d{3}[^:\n\"]{0,40})", text)
+    found = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"status code: (\d{3}[^:\n]{0,40})", text)
     if found:
         return found[1].strip()
     for sign, words in (
-        (r"timed? ?out|operation timed", "no answer in time"),
+        (r"timed out", "no answer in time"),
         (r"reset|broken pipe|closed|incomplete|end of file|unexpected eof|body", "the connection broke off"),
         (r"refused|connect|dns", "no connection"),
     ):
@@ -285,10 +287,11 @@ def list_keys(
     # "/key" would come as "key".
     odd = base.startswith("s3://") and not prefix and bool(_list_odd(base, "/", access, "")[0])
     while True:
-        if odd or _ODD.search(after):
+        if odd or (after and _ODD.search(after)):
             page, more = _list_odd(base, prefix and prefix.rstrip("/") + "/", access, after)
             if page:
-                yield tuple(zip(*page, strict=True))
+                keys, sizes, versions = map(list, zip(*page, strict=True))
+                yield keys, sizes, versions
                 after = page[-1][0]
             if not more:
                 return
