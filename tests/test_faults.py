@@ -369,3 +369,52 @@ def test_damaged_shard_of_an_unfinished_table_is_made_again(table, quiet, many_p
     shard.write_bytes(shard.read_bytes()[:50])
     finish(words)
     assert same_as(Run(str(run)), quiet)
+
+
+NODE_KILLED = """
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from selective_ray import config
+from selective_ray.actors import pipeline
+from selective_ray.progress import Reporter
+from selective_ray.store import Run
+
+source, run = sys.argv[1:3]
+quiet = {"include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet})
+nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+def kill_one():
+    while len(list(Path(run).glob("embeddings/part-*.parquet"))) < 2:
+        time.sleep(0.01)
+    if not (Path(run) / "embeddings" / "manifest.json").exists():
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        print("killed", flush=True)
+
+thread = threading.Thread(target=kill_one, daemon=True)
+thread.start()
+options = dict(word.split("=") for word in sys.argv[3:])
+settings, asked = config.load(options={key: int(v) if v.isdigit() else v for key, v in options.items()})
+pipeline.advance(
+    Run(run), pipeline.Source(images=source), settings, asked, Reporter(quiet=True), upto="selection"
+)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_embedding(quiet, many_pictures, tmp_path):
+    """One of two nodes goes, with the encoder and whatever else ran there; the other finishes the work."""
+    run = tmp_path / "run"
+    options = {**EMBED, "selection.budget": 6, "resources.stall_seconds": 20, "resources.workers": 2}
+    words = [f"{key}={value}" for key, value in options.items()]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    script = [sys.executable, "-c", NODE_KILLED, str(many_pictures), str(run), *words]
+    answer = subprocess.run(script, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert "killed" in answer.stdout, "the node was never killed while embedding"
+    assert same_as(Run(str(run)), quiet)
