@@ -6,9 +6,11 @@ m and on the samples, not on n. The page itself is drawn in `page`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,10 +120,16 @@ def _pictures(run: Run, image_ids: np.ndarray, pixels: int) -> list[page.Picture
     own = [_own_row(row) for row in rows.select(["uri", "offset"]).to_pylist()]
     column = run.manifest("images").what.get("images", {}).get("column")
     of_images = rows.filter(pa.array([number is None for number in own]))
-    found = reading.fetch(of_images, run.access, column=column)
+    # A page without a picture is better than one that waits for a store that does not answer.
+    impatient = replace(run.access, attempts=0, silence_seconds=min(5.0, run.access.silence_seconds))
+    found: Iterator[bytes | Rejected] = reading.fetch(of_images, impatient, column=column)
     pictures = []
     for number in own:
-        data = next(found) if number is None else Rejected(f"row {number:,}")
+        try:
+            data = next(found) if number is None else Rejected(f"row {number:,}")
+        except UserError as error:
+            data = Rejected(str(error))
+            found = itertools.repeat(data)
         try:
             if isinstance(data, Rejected):
                 raise data

@@ -226,3 +226,16 @@ def test_a_listing_that_was_killed_goes_on(proxy, quiet, tmp_path, monkeypatch):
     assert uris == sorted(uris) and len(uris) == len(set(uris)) == sum(
         done.manifest("images").summary[key] for key in ("images",)
     )
+
+
+def test_a_report_does_without_pictures_that_cannot_be_had(two_cpus, tmp_path):
+    """Brought embeddings whose uris name a store that does not answer."""
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    file = tmp_path / "x.parquet"
+    pq.write_table(
+        pa.table({"embedding": x.tolist(), "uri": [f"s3://none/{i}.jpg" for i in range(30)]}), file
+    )
+    source = pipeline.Source(embeddings=str(file))
+    run = advance(tmp_path / "run", source=source, **{"resources.endpoint_url": "http://127.0.0.1:9"})
+    page = run.read_bytes("report", "index.html").decode()
+    assert "unreadable: s3://none cannot be reached" in page
