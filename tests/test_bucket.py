@@ -213,7 +213,7 @@ def test_a_listing_that_was_killed_goes_on(proxy, quiet, tmp_path, monkeypatch):
     options = {"images.exclude": ("*9.png",)}
     # The archive lists its members after the loose files; there the first attempt ends.
     proxy.rule = s3.only(lambda request: request.key == "archive/a.tar", s3.always(s3.EXPIRED_TOKEN))
-    with pytest.raises(UserError, match="ExpiredToken"):
+    with pytest.raises(UserError, match="does not accept the credentials"):
         embed(proxy, run, "", **options)
     assert Run(str(run)).exists("images", "listing", "journal.json")
     proxy.clear()
@@ -238,4 +238,5 @@ def test_a_report_does_without_pictures_that_cannot_be_had(two_cpus, tmp_path):
     source = pipeline.Source(embeddings=str(file))
     run = advance(tmp_path / "run", source=source, **{"resources.endpoint_url": "http://127.0.0.1:9"})
     page = run.read_bytes("report", "index.html").decode()
-    assert "unreadable: s3://none cannot be reached" in page
+    # Long reasons are cut in the middle.
+    assert "unreadable: s3://none cannot b" in page
