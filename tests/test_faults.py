@@ -1,6 +1,6 @@
 """Faults: processes of every kind are killed in every stage, and the picks stay those of a quiet run.
 
-`make test` kills the driver once in every stage and meets one poisonous image; `make faults` does the rest.
+`make test` kills the driver once in every stage; `make faults` does the rest.
 """
 
 import os
@@ -185,6 +185,7 @@ def check_poison(deed, folder, quiet, tmp_path, **options):
         )
 
 
+@pytest.mark.faults
 def test_image_that_kills_its_reader_is_rejected(quiet, many_pictures, tmp_path):
     """The shard is split down to the image at fault; its neighbors keep their embeddings to the bit."""
     check_poison("kill", many_pictures, quiet, tmp_path)
