@@ -78,28 +78,8 @@ class Noted:
         self.done.append((time.monotonic(), start + len(x)))
 
 
-def plain_loop(
-    source: str, checkpoint: str, size: int, batch: int, threads: int, out: str, results: Queue
-) -> None:
-    """Read, decode, encode and write in this process."""
-    started = time.monotonic()
-    from selective_ray import encoders, images, reading
-
-    rows = rows_of(source)
-    wanted = encoders.transform(ENCODER, size)
-    encoder = encoder_of(checkpoint, size, batch, threads)
-    noted = Noted(len(rows), encoder.dimension)
-    for start in range(0, len(rows), batch):
-        bodies = reading.fetch(rows.slice(start, batch))
-        pixels = np.stack([images.decode(data, size=size, crop=wanted.crop) for data in bodies])
-        noted.add(encoder.encode(pixels))
-    np.save(out, noted.x)
-    noted.done.append((time.monotonic(), len(rows)))
-    results.put([(moment - started, n) for moment, n in noted.done])
-
-
 class Decoded:
-    """What a DataLoader's worker reads: batches of decoded images."""
+    """Batches of images, read and decoded as they are asked for."""
 
     def __init__(self, rows, size: int, crop: float, batch: int) -> None:
         self.rows, self.size, self.crop, self.batch = rows, size, crop, batch
@@ -114,22 +94,31 @@ class Decoded:
         return np.stack([images.decode(data, size=self.size, crop=self.crop) for data in bodies])
 
 
-def data_loader(
-    source: str, checkpoint: str, size: int, batch: int, threads: int, out: str, results: Queue
+def by_hand(
+    source: str,
+    checkpoint: str,
+    size: int,
+    batch: int,
+    threads: int,
+    workers: int,
+    out: str,
+    results: Queue,
 ) -> None:
-    """Read and decode in two workers of a torch DataLoader, encode in this process, and write."""
+    """Encode and write in this process what it reads and decodes itself, or workers of a DataLoader do."""
     started = time.monotonic()
     from torch.utils.data import DataLoader
 
     from selective_ray import encoders
 
     rows = rows_of(source)
-    wanted = encoders.transform(ENCODER, size)
     encoder = encoder_of(checkpoint, size, batch, threads)
     noted = Noted(len(rows), encoder.dimension)
-    dataset = Decoded(rows, size, wanted.crop, batch)
-    # Batched by the dataset; as numpy arrays, which the workers share with this process.
-    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    batches = Decoded(rows, size, encoders.transform(ENCODER, size).crop, batch)
+    if workers:
+        # Batched by the dataset; its arrays come as tensors through shared memory.
+        loader = DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context="spawn")
+    else:
+        loader = (batches[i] for i in range(len(batches)))
     for pixels in loader:
         noted.add(encoder.encode(np.asarray(pixels)))
     np.save(out, noted.x)
@@ -242,11 +231,11 @@ def main() -> None:
             threads = multiprocessing.cpu_count()
             for repeat in range(options.repeats):
                 rates = {}
-                for peer in (plain_loop, data_loader):
-                    done = timed(peer, *common, threads, str(Path(scratch) / "x.npy"))
-                    rates[peer.__name__] = rate(done, 0.1, 0.9)
+                for peer, workers in (("plain loop", 0), ("DataLoader, 2 workers", 2)):
+                    done = timed(by_hand, *common, threads, workers, str(Path(scratch) / "x.npy"))
+                    rates[peer] = rate(done, 0.1, 0.9)
                     print(
-                        f"{peer.__name__}, {threads} threads: {rates[peer.__name__]:.0f} images/s steady, "
+                        f"{peer}, {threads} threads: {rates[peer]:.0f} images/s steady, "
                         f"{rate(done, 0, 1):.0f} whole, start-up {done[0][0]:.1f} s",
                         flush=True,
                     )

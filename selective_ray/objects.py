@@ -138,7 +138,6 @@ def _store(base: str, access: Access) -> ObjectStore:
             "read_timeout": timedelta(seconds=access.silence_seconds),
             # A slow body is not a dead one: only silence ends a request.
             "timeout": timedelta(hours=1),
-            "allow_http": bool(access.endpoint_url and access.endpoint_url.startswith("http://")),
         },
         # Jitter is added by the library.
         "retry_config": {

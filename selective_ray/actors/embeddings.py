@@ -201,8 +201,8 @@ def embed(
     """Embed every image of `images/` into `embeddings/`, or into `rejected/` with a reason.
 
     Finished shards of earlier attempts stay; those of an `earlier` run, which come first in the listing, are
-    copied. `check` is called at every shard and may raise, as a lost lease
-    does. Raises UserError where nothing can be embedded or no progress is made.
+    copied. `check` is called at every shard and may raise, as a lost lease does. Raises UserError where
+    nothing can be embedded, too much is rejected, or no progress is made.
     """
     images = run.manifest("images")
     assert images is not None
@@ -239,7 +239,7 @@ def embed(
                 stopwatch.note()
             steady = waves.busy_seconds
     rejections.check(1)
-    return _finish(run, images, finished, rejections, stopwatch, work, _speed(config, work, todo, steady))
+    return _finish(run, images, finished, stopwatch, work, _speed(config, work, todo, steady))
 
 
 def _speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> dict[str, Any]:
@@ -264,12 +264,13 @@ def _speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> 
 
 
 def _reasons(run: Run, shard: int) -> tuple[Counter[str], dict[str, list[str]]]:
-    """Return why images of a finished shard were rejected, and examples."""
+    """Return why images of a finished shard were rejected, and three examples of each reason."""
     reasons: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     for row in run.read_shard("rejected", shard, ["uri", "reason"]).to_pylist():
         reasons[row["reason"]] += 1
-        examples.setdefault(row["reason"], []).append(row["uri"])
+        if len(some := examples.setdefault(row["reason"], [])) < 3:
+            some.append(row["uri"])
     return reasons, examples
 
 
@@ -410,7 +411,6 @@ def _finish(
     run: Run,
     images: Manifest,
     finished: dict[int, tuple[Shard, Shard]],
-    rejections: _Rejections,
     stopwatch: Stopwatch,
     work: Work,
     speed: dict[str, Any],
