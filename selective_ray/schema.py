@@ -48,6 +48,22 @@ def embeddings_schema(dimension: int, dtype: str, *, digest: bool = False) -> pa
     return pa.schema([*columns, ("digest", pa.binary(16))] if digest else columns)
 
 
+def embeddings_table(
+    image_ids: np.ndarray, x: np.ndarray, schema: pa.Schema, digests: np.ndarray | None = None
+) -> pa.Table:
+    """Return a shard of `embeddings/`: image_ids int64 [n], x [n, d] in the type of the schema.
+
+    digests uint8 [n, 16] where the schema has a column for them.
+    """
+    value = schema.field("embedding").type.value_type
+    flat = np.ascontiguousarray(x.reshape(-1), value.to_pandas_dtype())
+    columns = [pa.array(image_ids), pa.FixedSizeListArray.from_arrays(pa.array(flat), x.shape[1])]
+    if digests is not None:
+        buffer = pa.py_buffer(np.ascontiguousarray(digests))
+        columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, buffer]))
+    return pa.table(columns, schema)
+
+
 def selection_schema(estimator: str) -> pa.Schema:
     """Schema of `selection/`; the column of the measured distance is named as in `density/`."""
     return pa.schema(

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selective_ray import store
-from selective_ray.actors.images import bring_file, table_of
+from selective_ray.actors.brought import bring_file
 from selective_ray.config import Config, Resources
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter, Watch
-from selective_ray.schema import CLUSTERS, REJECTED, embeddings_schema
+from selective_ray.schema import CLUSTERS, REJECTED, embeddings_schema, embeddings_table
 from selective_ray.store import BEGUN, MANIFEST, Run, Stopwatch, differences, fingerprint, shard_name
 
 WHAT = {"cluster": {"iterations": 100, "init": "random"}, "seed": 0}
@@ -175,7 +175,7 @@ def test_embeddings_round_trip(run, dtype):
     x = unit(np.random.default_rng(0).normal(size=(7, 5)))
     ids = np.arange(7) + 2**40
     schema = embeddings_schema(5, dtype)
-    run.write_shard("embeddings", 0, table_of(ids, x, schema))
+    run.write_shard("embeddings", 0, embeddings_table(ids, x, schema))
     assert run.read_shard("embeddings", 0).schema.equals(schema)
     found_ids, found = run.read_embeddings(0)
     assert found_ids.dtype == np.int64 and (found_ids == ids).all()

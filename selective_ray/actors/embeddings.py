@@ -7,33 +7,19 @@ begun with the shards that are left, the ranges that may have held it up in smal
 
 from __future__ import annotations
 
-import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import ray
-
 from selective_ray import checkpoints, encoders, objects
 from selective_ray.actors import since
-from selective_ray.actors.session import Session, peak_memory, unwrapped
-from selective_ray.actors.wave import (
-    ATTEMPTS,
-    EncoderSpec,
-    Pixels,
-    Placement,
-    Range,
-    Reading,
-    Seen,
-    WatchedWave,
-    Work,
-    listed,
-    place,
-)
+from selective_ray.actors.pca import PCA_FILE, fitted_pca
+from selective_ray.actors.placement import Placement, place
+from selective_ray.actors.rejections import ENOUGH_TO_JUDGE, Rejections, nothing_usable, reasons_of
+from selective_ray.actors.session import Session, peak_memory
+from selective_ray.actors.wave import ATTEMPTS, EncoderSpec, Pixels, Range, Reading, Seen, WatchedWave, Work
 from selective_ray.config import Config
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter, Watch
@@ -46,81 +32,6 @@ BATCHES_PER_TASK = 8
 SHARDS_PER_WAVE = 64
 # Waves in a row without a single batch, after which the run gives up.
 FRUITLESS_WAVES = 3
-# Images seen before the share of rejected ones is judged; the end of the stage judges any number.
-ENOUGH_TO_JUDGE = 500
-PCA_FILE = "pca.npz"
-PCA_SAMPLE = 4096
-
-
-def _fitted_pca(
-    run: Run, pixels: Pixels, rows: list[int], seed: int, how: Reading, patience: float
-) -> dict[str, np.ndarray]:
-    """Return the components of `pca`: those kept beside the embeddings, else fitted to a seeded sample.
-
-    The sample is drawn by row position, whatever the shards; rows are the images of each. Images that
-    cannot be read, or whose reading ends its process or hangs, are left out of it.
-    """
-    if run.exists("embeddings", PCA_FILE):
-        with np.load(io.BytesIO(run.read_bytes("embeddings", PCA_FILE)), allow_pickle=False) as stored:
-            return dict(stored)
-    n = sum(rows)
-    chosen = np.sort(np.random.default_rng(seed).choice(n, min(n, PCA_SAMPLE), replace=False))
-    shards = np.searchsorted(np.cumsum(rows), chosen, side="right")
-    first = np.cumsum([0, *rows])
-    parts = [(int(shard), chosen[shards == shard] - first[shard]) for shard in np.unique(shards)]
-    decoded: dict[int, ray.ObjectRef] = {}
-    reasons: Counter[str] = Counter()
-    while parts:
-        calls = {
-            sample_pixels.remote(run, shard, places, pixels, how): (shard, places) for shard, places in parts
-        }
-        parts = []
-        pending = list(calls)
-        while pending:
-            ready, pending = ray.wait(pending, timeout=patience)
-            for call in ready:
-                shard, places = calls[call]
-                try:
-                    with unwrapped():
-                        usable, rejected = ray.get(call)
-                    reasons.update(rejected)
-                    decoded[int(first[shard] + places[0])] = usable
-                except ray.exceptions.RayError:
-                    # Ray tried it three times: look for the image at fault, and do without that one.
-                    parts += (
-                        [(shard, places[i : i + 1]) for i in range(len(places))] if len(places) > 1 else []
-                    )
-            if not ready:
-                for call in pending:
-                    ray.cancel(call, force=True)
-    sample = np.concatenate([decoded[place] for place in sorted(decoded)]) if decoded else np.empty((0, 1))
-    if not len(sample):
-        raise UserError(_nothing_usable(n, reasons))
-    pca = encoders.fit_pca(sample)
-    buffer = io.BytesIO()
-    np.savez(buffer, **pca)
-    run.write_bytes(buffer.getvalue(), "embeddings", PCA_FILE)
-    return pca
-
-
-@ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)
-def sample_pixels(
-    run: Run, shard: int, places: np.ndarray, pixels: Pixels, how: Reading
-) -> tuple[np.ndarray, list[str]]:
-    """Decode some images of a shard: those that can be, uint8 [s, h, w, 3], and why the others cannot."""
-    rows = listed(run, shard).take(pa.array(places))
-    usable, reasons = [np.empty((0, pixels.size, pixels.size, 3), np.uint8)], []
-    for image, _, reason in how.decoded(rows, pixels):
-        if image is None:
-            reasons.append(reason)
-        else:
-            usable.append(image[None])
-    return np.concatenate(usable), reasons
-
-
-def _nothing_usable(n: int, reasons: Counter[str]) -> str:
-    often = "; most often: {} ({} times)".format(*reasons.most_common(1)[0]) if reasons else ""
-    return f"none of the {n} images could be used{often}; check --images"
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -142,50 +53,6 @@ def identity(config: Config) -> dict[str, Any]:
         return what | {"seed": config.seed}
     what["embed"] |= {"precision": embed.precision, "compile": embed.compile}
     return what
-
-
-class _Rejections:
-    """Counts the images seen and why some are rejected, and stops a run that goes wrong."""
-
-    def __init__(self, most: float) -> None:
-        self.most = most
-        self.seen = 0
-        self.reasons: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        # Of shards that are not written yet: their images are seen again if they are begun again.
-        self.open: dict[int, tuple[int, Counter[str]]] = {}
-
-    def add(self, shard: int, seen: int, reasons: Counter[str], examples: dict[str, list[str]]) -> None:
-        """Count some images of a shard."""
-        self.seen += seen
-        self.reasons += reasons
-        before, why = self.open.get(shard, (0, Counter()))
-        self.open[shard] = (before + seen, why + reasons)
-        for reason, uris in examples.items():
-            self.examples[reason] = (self.examples.get(reason, []) + uris)[:3]
-
-    def keep(self, shard: int) -> None:
-        """Count a shard for good: it is written."""
-        self.open.pop(shard, None)
-
-    def forget_open(self) -> None:
-        """Leave out the shards that were not written: their images will be seen again."""
-        for seen, reasons in self.open.values():
-            self.seen -= seen
-            self.reasons -= reasons
-        self.open = {}
-
-    def check(self, enough: int) -> None:
-        """Raise UserError where more than the allowed share is rejected, of at least so many images."""
-        rejected = self.reasons.total()
-        if not rejected or self.seen < enough or rejected <= self.most * self.seen:
-            return
-        reason, count = self.reasons.most_common(1)[0]
-        raise UserError(
-            f"{rejected:,} of {self.seen:,} images are rejected, more than --max-rejected {self.most:.3g}; "
-            f"most often ({count:,}): {reason}, as {', '.join(self.examples[reason])}. Mend that, or allow "
-            "more with --max-rejected, and run again to continue"
-        )
 
 
 def embed(
@@ -219,9 +86,9 @@ def embed(
         session.start()
         finished |= _copied(run, earlier, set(finished))
     todo = {shard: n for shard, n in enumerate(rows) if shard not in finished}
-    rejections = _Rejections(config.resources.max_rejected)
+    rejections = Rejections(config.resources.max_rejected)
     for shard in finished:
-        rejections.add(shard, rows[shard], *_reasons(run, shard))
+        rejections.add(shard, rows[shard], *reasons_of(run, shard))
         rejections.keep(shard)
     made = what["embed"]
     pixels = Pixels(made["image_size"], made["crop"], made["batch"], made["interpolation"])
@@ -263,17 +130,6 @@ def _speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> 
     }
 
 
-def _reasons(run: Run, shard: int) -> tuple[Counter[str], dict[str, list[str]]]:
-    """Return why images of a finished shard were rejected, and three examples of each reason."""
-    reasons: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    for row in run.read_shard("rejected", shard, ["uri", "reason"]).to_pylist():
-        reasons[row["reason"]] += 1
-        if len(some := examples.setdefault(row["reason"], [])) < 3:
-            some.append(row["uri"])
-    return reasons, examples
-
-
 def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Reading) -> EncoderSpec:
     embed = config.embed
     checkpoint = embed.checkpoint and checkpoints.absolute(embed.checkpoint)
@@ -285,7 +141,7 @@ def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Readin
     if embed.encoder != encoders.PCA:
         return spec
     patience = config.resources.start_seconds
-    return replace(spec, pca=_fitted_pca(run, pixels, rows, config.seed, how, patience))
+    return replace(spec, pca=fitted_pca(run, pixels, rows, config.seed, how, patience))
 
 
 def _finished(run: Run) -> dict[int, tuple[Shard, Shard]]:
@@ -325,7 +181,7 @@ class _Waves:
         spec: EncoderSpec,
         how: Reading,
         bar: Watch,
-        rejections: _Rejections,
+        rejections: Rejections,
     ) -> None:
         self.run, self.config, self.todo = run, config, todo
         self.pixels, self.spec, self.how = pixels, spec, how
@@ -426,7 +282,7 @@ def _finish(
     reasons: Counter[str] = Counter()
     for shard, (_, out) in finished.items():
         if out.rows:
-            reasons += _reasons(run, shard)[0]
+            reasons += reasons_of(run, shard)[0]
     peaks = {"driver": peak_memory(), "largest_worker": work.memory}
     if run.manifest("rejected") is None:
         run.finish(
@@ -437,7 +293,7 @@ def _finish(
             summary={"reasons": dict(reasons.most_common())},
         )
     if not embedded:
-        raise UserError(_nothing_usable(images.rows, reasons))
+        raise UserError(nothing_usable(images.rows, reasons))
     first = next(shard for shard, (kept, _) in finished.items() if kept.rows)
     return run.finish(
         "embeddings",

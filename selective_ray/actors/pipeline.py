@@ -7,7 +7,8 @@ from typing import Any
 
 from selective_ray import listing, objects, report
 from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since
-from selective_ray.actors.images import bring_file, list_source, refer_to_run
+from selective_ray.actors.brought import bring_file, refer_to_run
+from selective_ray.actors.images import list_source
 from selective_ray.actors.session import Session
 from selective_ray.actors.shards import Pool
 from selective_ray.config import Config

@@ -23,22 +23,16 @@ import pyarrow as pa
 import ray
 
 from selective_ray import encoders, reading
-from selective_ray.actors.images import table_of
-from selective_ray.actors.session import cpus, gpus, peak_memory, unwrapped
-from selective_ray.config import Resources
+from selective_ray.actors.placement import Placement
+from selective_ray.actors.session import peak_memory, unwrapped
 from selective_ray.errors import UserError
 from selective_ray.objects import DIRECT, Access
 from selective_ray.reading import Read
-from selective_ray.schema import REJECTED, embeddings_schema
+from selective_ray.schema import REJECTED, embeddings_schema, embeddings_table
 from selective_ray.store import Run, Shard
 
 # Attempts at a range of images, or at a single one, before Ray Data drops it.
 ATTEMPTS = 3
-
-# What a decoder takes besides the pixels that it passes on: its own libraries, and what it reads ahead.
-DECODE_MEMORY = 512 * 2**20 + reading.AHEAD_BYTES
-# What a network and its activations take, where nothing else is asked for.
-ENCODE_MEMORY = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -240,58 +234,6 @@ class _Open:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where encoders and decoders run."""
-
-    encoders: int
-    encode_cpus: float
-    decode_cpus: float
-    gpus: float
-    device: str
-    encode_memory: float
-    decode_memory: float
-
-    @property
-    def at_once(self) -> int:
-        """Ranges that can be decoded at the same time."""
-        return max(1, int((cpus() - self.encoders * self.encode_cpus) / self.decode_cpus))
-
-
-def place(resources: Resources) -> Placement:
-    """Choose encoders and their share of the cluster.
-
-    On GPUs: one encoder each, and every CPU decodes. Without: encoders and decoders share the CPUs, half a
-    logical CPU each, and whichever is behind gets the time.
-    """
-    per_worker = resources.gpus_per_worker
-    if per_worker is None:
-        per_worker = 1.0 if gpus() else 0.0
-    if per_worker > 0:
-        if gpus() < per_worker:
-            raise UserError(
-                f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
-            )
-        encoders_ = resources.workers or max(1, int(gpus() / per_worker))
-        shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
-        return Placement(encoders_, *shares, per_worker, "cuda", *_memory(resources, encoders_))
-    encoders_ = resources.workers or cpus()
-    # At least one decoder must find room beside all encoders.
-    share = min(0.5, cpus() / (encoders_ + 1))
-    return Placement(encoders_, share, share, 0.0, "cpu", *_memory(resources, encoders_))
-
-
-def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:
-    """Return what an encoder and a decoder state; less where the cluster has not that much.
-
-    A process that states nothing is started beside others until the machine has no memory left.
-    """
-    encode = ENCODE_MEMORY if resources.memory is None else resources.memory * 2**30
-    there = 0.9 * ray.cluster_resources().get("memory", 0.0)
-    less = min(1.0, there / (encoders_ * encode + cpus() * DECODE_MEMORY))
-    return encode * less, DECODE_MEMORY * less
-
-
-@dataclass(frozen=True)
 class Seen:
     """What came of a batch: its images, those rejected, and up to a few of these as reason and uri."""
 
@@ -412,7 +354,7 @@ def _write(run: Run, shard: int, content: _Open, dtype: str) -> tuple[Shard, Sha
     )
     kept = np.setdiff1d(np.arange(len(ids)), out)
     schema = embeddings_schema(content.x.shape[1], dtype, digest=True)
-    table = table_of(ids[kept], content.x[kept], schema, content.digests[kept])
+    table = embeddings_table(ids[kept], content.x[kept], schema, content.digests[kept])
     rejected = run.write_shard("rejected", shard, reasons)
     return run.write_shard("embeddings", shard, table, content.device), rejected
 

@@ -1,0 +1,69 @@
+"""Where encoders and decoders run: how many, and what CPUs, GPUs and memory each states to Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+
+from selective_ray.actors.session import cpus, gpus
+from selective_ray.config import Resources
+from selective_ray.errors import UserError
+from selective_ray.reading import AHEAD_BYTES
+
+# What a decoder takes besides the pixels that it passes on: its own libraries, and what it reads ahead.
+DECODE_MEMORY = 512 * 2**20 + AHEAD_BYTES
+# What a network and its activations take, where nothing else is asked for.
+ENCODE_MEMORY = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where encoders and decoders run."""
+
+    encoders: int
+    encode_cpus: float
+    decode_cpus: float
+    gpus: float
+    device: str
+    encode_memory: float
+    decode_memory: float
+
+    @property
+    def at_once(self) -> int:
+        """Ranges that can be decoded at the same time."""
+        return max(1, int((cpus() - self.encoders * self.encode_cpus) / self.decode_cpus))
+
+
+def place(resources: Resources) -> Placement:
+    """Choose encoders and their share of the cluster.
+
+    On GPUs: one encoder each, and every CPU decodes. Without: encoders and decoders share the CPUs, half a
+    logical CPU each, and whichever is behind gets the time.
+    """
+    per_worker = resources.gpus_per_worker
+    if per_worker is None:
+        per_worker = 1.0 if gpus() else 0.0
+    if per_worker > 0:
+        if gpus() < per_worker:
+            raise UserError(
+                f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
+            )
+        encoders_ = resources.workers or max(1, int(gpus() / per_worker))
+        shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
+        return Placement(encoders_, *shares, per_worker, "cuda", *_memory(resources, encoders_))
+    encoders_ = resources.workers or cpus()
+    # At least one decoder must find room beside all encoders.
+    share = min(0.5, cpus() / (encoders_ + 1))
+    return Placement(encoders_, share, share, 0.0, "cpu", *_memory(resources, encoders_))
+
+
+def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:
+    """Return what an encoder and a decoder state; less where the cluster has not that much.
+
+    A process that states nothing is started beside others until the machine has no memory left.
+    """
+    encode = ENCODE_MEMORY if resources.memory is None else resources.memory * 2**30
+    there = 0.9 * ray.cluster_resources().get("memory", 0.0)
+    less = min(1.0, there / (encoders_ * encode + cpus() * DECODE_MEMORY))
+    return encode * less, DECODE_MEMORY * less
