@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # takes a tenth of a second, and local files never need it
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 # What a store answers when the one who asks is the problem, not the object.
 _CREDENTIALS = re.compile(
-    r"ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|"
-    r"RequestTimeTooSkewed|RequestExpired|UnauthorizedAccess|NoCredentials|AuthenticationFailed|"
+    r"<Code>(ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|"
+    r"RequestTimeTooSkewed|RequestExpired|UnauthorizedAccess|AuthenticationFailed)</Code>|"
     # The answer to HEAD has no body to say more.
     r"performing HEAD .* 400 Bad Request"
 )
@@ -43,9 +43,8 @@ ROUNDS = 3
 _ODD = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 # Keys of one answer of a store.
 PAGE = 1000
-_TOO_SHORT = re.compile(
-    r"\b416\b|InvalidRange|RangeNotSatisfiable|range.*(exceed|larger|beyond)", re.IGNORECASE
-)
+# Errors also quote keys and times, so that a bare number or word may be of those.
+_TOO_SHORT = re.compile(r"status code: 416|<Code>InvalidRange</Code>")
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def _attempt(action: Any, base: str, uri: str, access: Access) -> Any:
         try:
             return action(_store(base, access))
         except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
+            if "<Code>NoSuchBucket</Code>" in str(error):
                 raise UserError(f"there is no bucket {base}; check the URI and --endpoint-url") from None
             raise FileNotFoundError(2, "file not found", uri) from None
         except exceptions.PreconditionError:
@@ -342,7 +341,7 @@ def _boto_errors() -> Iterator[None]:
     except ClientError as error:
         code = error.response["Error"]["Code"]
         if code in ("NoSuchKey", "NoSuchBucket", "404"):
-            raise FileNotFoundError(2, code) from None
+            raise FileNotFoundError(2, f"<Code>{code}</Code>") from None
         if code in ("PreconditionFailed", "412"):
             raise Changed("changed since it was listed") from None
         if code in ("AccessDenied", "403"):

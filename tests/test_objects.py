@@ -90,6 +90,20 @@ def test_lasting_faults_end_with_their_name(proxy, fault):
     assert proxy.requests[KEY] == 9
 
 
+def test_words_and_numbers_of_a_key_are_not_taken_for_the_store_s(proxy):
+    """An error quotes the key and the milliseconds; a busy store must not make an image a changed one."""
+    key = "im/416 status InvalidRange ExpiredToken NoSuchBucket 416.jpg"
+    s3.fill(f"http://{proxy.upstream}", "objects-test", {key: b"body"})
+    uri = f"s3://objects-test/{key}"
+    assert read(Request(uri), access(proxy)) == b"body"
+    proxy.rule = s3.always(s3.SLOW_DOWN)
+    with pytest.raises(Unreachable, match="SlowDown"):
+        read(Request(uri), access(proxy))
+    proxy.rule = s3.always(s3.NO_SUCH_KEY)
+    with pytest.raises(FileNotFoundError):
+        read(Request(uri), access(proxy))
+
+
 def test_refused_credentials_end_the_run_and_denied_access_the_image(proxy):
     proxy.rule = s3.always(s3.EXPIRED_TOKEN)
     with pytest.raises(
