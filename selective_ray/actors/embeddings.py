@@ -208,26 +208,29 @@ class _Waves:
                     yield value
             self.bar.advance(-sum(seen for seen, _ in self.rejections.open.values()))
             self.rejections.forget_open()
-            for failed in wave.failed(placement.at_once):
+            for failed in wave.failed():
                 if failed.reason and not wave.ended_by_itself:
                     # Nothing is read of it, so it cannot have held up a wave.
                     continue
-                # Its neighbors may have held up a single image: alone, it is innocent if it gets through.
-                if (
-                    len(failed) == 1
-                    and not wave.ended_by_itself
-                    and any(self._events(self._wave([failed], placement)))
-                ):
+                if len(failed) == 1 and not wave.ended_by_itself and self._is_innocent(failed):
                     continue
                 ranges[failed.shard].remove(failed)
                 ranges[failed.shard] += _next_try(failed, self.pixels.batch)
                 ranges[failed.shard].sort(key=lambda r: r.start)
-            fruitless = 0 if wave.done else fruitless + 1
+            if wave.done:
+                fruitless = 0
+            elif not wave.lost_node:
+                fruitless += 1
             if fruitless >= FRUITLESS_WAVES:
                 raise UserError(
                     f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
                     "see the logs of Ray, or give it more memory, a smaller embed.batch, or fewer workers"
                 )
+
+    def _is_innocent(self, image: Range) -> bool:
+        """Whether an image gets through alone, so that another held up its wave; or a node went meanwhile."""
+        alone = self._wave([image], place(self.config.resources))
+        return any(self._events(alone)) or alone.lost_node
 
     def _wave(self, ranges: list[Range], placement: Placement) -> WatchedWave:
         rows = {r.shard: self.todo[r.shard] for r in ranges}

@@ -28,6 +28,13 @@ class Placement:
     device: str
     encode_memory: float
     decode_memory: float
+    # CPUs of the cluster for which this was chosen.
+    cpus: float
+
+    def fits(self) -> bool:
+        """Whether the cluster, if it has shrunk since, still has CPUs for all encoders and one decoder."""
+        needed = self.encoders * self.encode_cpus + self.decode_cpus
+        return ray.cluster_resources().get("CPU", 0.0) >= min(needed, self.cpus) - 1e-6
 
     @property
     def at_once(self) -> int:
@@ -41,6 +48,7 @@ def place(resources: Resources) -> Placement:
     On GPUs: one encoder each, and every CPU decodes. Without: encoders and decoders share the CPUs, half a
     logical CPU each, and whichever is behind gets the time.
     """
+    there = ray.cluster_resources().get("CPU", 0.0)
     per_worker = resources.gpus_per_worker
     if per_worker is None:
         per_worker = 1.0 if gpus() else 0.0
@@ -51,11 +59,11 @@ def place(resources: Resources) -> Placement:
             )
         encoders_ = resources.workers or max(1, int(gpus() / per_worker))
         shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
-        return Placement(encoders_, *shares, per_worker, "cuda", *_memory(resources, encoders_))
+        return Placement(encoders_, *shares, per_worker, "cuda", *_memory(resources, encoders_), there)
     encoders_ = resources.workers or cpus()
     # At least one decoder must find room beside all encoders.
     share = min(0.5, cpus() / (encoders_ + 1))
-    return Placement(encoders_, share, share, 0.0, "cpu", *_memory(resources, encoders_))
+    return Placement(encoders_, share, share, 0.0, "cpu", *_memory(resources, encoders_), there)
 
 
 def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:

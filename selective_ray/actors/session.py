@@ -66,6 +66,11 @@ def gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0)
 
 
+def alive_nodes() -> frozenset[str]:
+    """Ids of the nodes that the cluster has."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
 def peak_memory() -> int:
     """Return the largest resident size that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

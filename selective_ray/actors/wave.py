@@ -24,7 +24,7 @@ import ray
 
 from selective_ray import encoders, reading
 from selective_ray.actors.placement import Placement
-from selective_ray.actors.session import peak_memory, unwrapped
+from selective_ray.actors.session import alive_nodes, peak_memory, unwrapped
 from selective_ray.errors import UserError
 from selective_ray.objects import DIRECT, Access
 from selective_ray.reading import Read
@@ -33,6 +33,8 @@ from selective_ray.store import Run, Shard
 
 # Attempts at a range of images, or at a single one, before Ray Data drops it.
 ATTEMPTS = 3
+# How often the cluster is looked at while no batch comes.
+LOOK_AROUND_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -362,25 +364,38 @@ def _write(run: Run, shard: int, content: _Open, dtype: str) -> tuple[Shard, Sha
 class WatchedWave:
     """One wave as the driver sees it: its events, then which ranges failed and how it ended."""
 
-    def __init__(self, run: Run, ranges: list[Range], *arguments: Any) -> None:
-        self.arguments = (run, ranges, *arguments)
+    def __init__(
+        self,
+        run: Run,
+        ranges: list[Range],
+        rows: dict[int, int],
+        pixels: Pixels,
+        spec: EncoderSpec,
+        dtype: str,
+        placement: Placement,
+        how: Reading,
+    ) -> None:
+        self.arguments = (run, ranges, rows, pixels, spec, dtype, placement, how)
         self.ranges = ranges
+        self.placement = placement
         self.done: dict[int, dict[int, int]] = {}
         self.ended_by_itself = False
+        self.lost_node = False
         self.ending = ""
 
     def events(self, start_seconds: float, stall_seconds: float) -> Iterator[tuple[str, Any]]:
         """Yield "batch" and "shard" events; ends the wave where none comes for stall_seconds.
 
-        The first may take start_seconds, in which processes start and load the encoder.
+        The first may take start_seconds, in which processes start and load the encoder. A wave that the
+        cluster has no room for any more, since a node went, is ended at once.
         """
+        nodes = alive_nodes()
         wave = Wave.options(max_restarts=0).remote()
         events = wave.run.options(num_returns="streaming").remote(*self.arguments)
         try:
             while True:
                 patience = stall_seconds if self.done else start_seconds
-                if not ray.wait([events], timeout=patience)[0]:
-                    self.ending = f"no image for {patience:g} seconds"
+                if not self._wait(events, patience):
                     return
                 with unwrapped():
                     kind, value = ray.get(next(events))
@@ -398,16 +413,32 @@ class WatchedWave:
         finally:
             # Its encoders belong to it and end with it.
             ray.kill(wave)
+            self.lost_node = self.lost_node or bool(nodes - alive_nodes())
 
-    def failed(self, at_once: int) -> list[Range]:
+    def _wait(self, events: ray.ObjectRefGenerator, patience: float) -> bool:
+        """Wait for the next event; False, with the ending said, where the wave must be ended."""
+        deadline = time.monotonic() + patience
+        while not ray.wait([events], timeout=min(patience, LOOK_AROUND_SECONDS))[0]:
+            if not self.placement.fits():
+                self.lost_node = True
+                self.ending = "the loss of a node: what is left has no room for its encoders and a decoder"
+                return False
+            if time.monotonic() >= deadline:
+                self.ending = f"no image for {patience:g} seconds"
+                return False
+        return True
+
+    def failed(self) -> list[Range]:
         """Return the ranges to blame.
 
         A wave that ended by itself dropped what Ray had tried as often as it may. One that was ended leaves
-        the ranges it had not come to as well; decoding starts in order, so that only the first `at_once` of
-        those not done can have held it up.
+        the ranges it had not come to as well; decoding starts in order, so that only as many of
+        those not done as are decoded at once can have held it up. Where a node went, none is to blame.
         """
+        if self.lost_node:
+            return []
         left = [r for r in self.ranges if not self._is_done(r)]
-        return left if self.ended_by_itself else left[:at_once]
+        return left if self.ended_by_itself else left[: self.placement.at_once]
 
     def _is_done(self, r: Range) -> bool:
         done, position = self.done.get(r.shard, {}), r.start
