@@ -18,7 +18,7 @@ from selective_ray import __version__, config
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter, one_line
-from selective_ray.store import BEGUN, TABLES, Run
+from selective_ray.store import BEGUN, OPTIONAL, TABLES, Run
 
 # The common base of what typer says of missing, unknown and malformed options; typer exports only this heir.
 _WrongUsage = typer.BadParameter.__base__
@@ -348,8 +348,7 @@ def status(
         for table in TABLES:
             manifest = where.manifest(table)
             shards = where.finished_shards(table)
-            if table == "duplicates" and not manifest and where.manifest("embeddings"):
-                # Brought embeddings have no bytes to compare.
+            if table in OPTIONAL and not manifest and not where.exists(table, BEGUN):
                 continue
             if manifest:
                 states[table] = {

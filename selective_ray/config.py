@@ -61,10 +61,20 @@ class Density(Section):
     # "mean": 1 / mean of k squared distances (published code).
     # "kth": 1 / k-th squared distance (the paper's p_kNN).
     estimator: Literal["mean", "kth"] = "mean"
-    # "auto" is "exact" in this version: blocked brute force.
-    mode: Literal["auto", "exact"] = "auto"
+    # "auto": whichever of brute force and inverted lists costs less, by n, d, k and recall (`ivf.plan`).
+    mode: Literal["auto", "exact", "ivf"] = "auto"
+    # None: about two for each square root of n; as many probes a row as the recall takes, by a sample.
+    lists: int | None = Field(None, ge=1)
+    probes: int | None = Field(None, ge=1)
+    # Share of the true neighbors that must be found; 1: brute force.
+    recall: float = Field(0.99, gt=0, le=1)
     # Squared distances under this count as this: exact duplicates get a high density, not an infinite one.
     floor: float = Field(1e-6, gt=0)
+    # "collapse": equal embeddings count as one neighbor, and each has the density of that one. As published,
+    # every copy is a neighbor of its own.
+    duplicates: Literal["keep", "collapse"] = "keep"
+    # Leave the k neighbors of every image in `neighbors/`.
+    keep_neighbors: bool = False
 
 
 class Cluster(Section):

@@ -1,77 +1,18 @@
 """kNN density: how close the nearest neighbors of an image are.
 
 Published: density = 1 / mean of k squared distances, the image itself included as its own first neighbor.
-FAISS proposes the neighbors by matrix products; direct differences in float64 settle their distances, so
-the numbers depend on the embeddings alone.
+Where the neighbors come from is no matter here: `neighbors` finds them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-import faiss
 import numpy as np
 
-from selective_ray.distances import product_error, sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.schema import Neighbors
-
-
-def neighbors(
-    queries: np.ndarray, base: Iterable[tuple[np.ndarray, np.ndarray]], k: int, *, error: float | None = None
-) -> Neighbors:
-    """Find the k nearest rows of all base blocks for every query row, the row itself among them.
-
-    queries float32 [n, d]; base yields (image_ids int64 [b], x float32 [b, d]), each image once, at least k
-    in all. The distances are exact: those of direct differences, the k smallest of them. Among rows at the
-    same distance as the k-th, which ids are named is not promised. `error` overrides the error bound of a
-    product (for tests).
-    """
-    found = Neighbors.none(len(queries), k)
-    error = product_error(queries.shape[1]) if error is None else error
-    for image_ids, x in base:
-        # A shard of which every image was rejected has no rows.
-        if not len(x):
-            continue
-        found = found.merge(_nearest_in_block(queries, image_ids, x, found.sq_dists[:, -1], k, error))
-    return found
-
-
-def _nearest_in_block(
-    queries: np.ndarray, image_ids: np.ndarray, x: np.ndarray, kth: np.ndarray, k: int, error: float
-) -> Neighbors:
-    """Find the rows of one block that can be among the k nearest, given the k-th distance so far."""
-    k_here = min(k, len(x))
-    proposed = min(k_here + 8 + k_here // 16, len(x))
-    products, columns = faiss.knn(queries, x, proposed)
-    # A row of the block can only matter within the error bounds of the k-th so far and of the k-th here.
-    limit = np.minimum(kth, products[:, k_here - 1] + error) + error
-    rows, places = np.nonzero(products <= limit[:, None])
-    exact = np.full(products.shape, np.inf)
-    exact[rows, places] = sq_dists_direct(queries, rows, x, columns[rows, places])
-    ids = np.where(np.isfinite(exact), image_ids[columns], -1)
-    result = Neighbors.none(len(queries), k).merge(Neighbors(exact, ids))
-    if proposed == len(x):
-        return result
-    # Rows that were not proposed lie at products[:, -1] or beyond. Where that is not surely farther than
-    # the k-th distance, the whole block is searched; nothing is nearer than a k-th distance of zero.
-    after = np.minimum(kth, result.sq_dists[:, k_here - 1])
-    unsure = np.flatnonzero((products[:, -1] - error < after) & (after > 0))
-    for row in unsure:
-        result.sq_dists[row], result.image_ids[row] = _search_block(queries[row], image_ids, x, limit[row], k)
-    return result
-
-
-def _search_block(
-    query: np.ndarray, image_ids: np.ndarray, x: np.ndarray, limit: float, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compare one query with every row of the block that a product cannot exclude: float64 [k], int64 [k]."""
-    products = np.float32(query @ query) + np.einsum("nd,nd->n", x, x) - 2 * (x @ query)
-    near = np.flatnonzero(products <= limit)
-    exact = sq_dists_direct(query[None], np.zeros_like(near), x, near)
-    one = Neighbors.none(1, k).merge(Neighbors(exact[None], image_ids[near][None]))
-    return one.sq_dists[0], one.image_ids[0]
 
 
 def neighbors_needed(k: int, include_self: bool) -> int:
@@ -95,6 +36,14 @@ def possible_k(k: int, n: int, include_self: bool, asked: bool) -> tuple[int, st
             f"set density.k to {largest} or fewer"
         )
     return largest, f"density.k lowered from {k} to {largest}: there are {n} embeddings"
+
+
+def too_few_distinct(k: int, least: int) -> UserError:
+    """Return the error of a k that only copies could make possible."""
+    return UserError(
+        f"density.k = {k} exceeds the {least} neighbors that the distinct embeddings have with "
+        f"density.duplicates = collapse; set density.k to {least} or fewer"
+    )
 
 
 def sq_dists_of(found: Neighbors, *, k: int, estimator: str) -> np.ndarray:

@@ -11,7 +11,20 @@ import numpy as np
 from selective_ray import config as configuration
 from selective_ray import density, embeddings, kmeans, selection
 from selective_ray.errors import UserError
+from selective_ray.neighbors import neighbors
 from selective_ray.schema import Picks
+
+
+def _sq_dists(x: np.ndarray, k: int, settings: configuration.Density) -> np.ndarray:
+    """Measure every row against all, float32 [n]."""
+    needed = density.neighbors_needed(k, settings.include_self)
+    rows, inverse = x, slice(None)
+    if settings.duplicates == "collapse":
+        rows, inverse = np.unique(x, axis=0, return_inverse=True)
+    if needed > len(rows):
+        raise density.too_few_distinct(k, len(rows) - (not settings.include_self))
+    found = neighbors(rows, [(np.arange(len(rows)), rows)], needed)
+    return density.sq_dists_of(found, k=k, estimator=settings.estimator)[inverse]
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,7 @@ def select(
     if warning:
         warnings.warn(warning, stacklevel=2)
     ids = np.arange(n)
-    found = density.neighbors(x, [(ids, x)], density.neighbors_needed(k, config.density.include_self))
-    sq_dists = density.sq_dists_of(found, k=k, estimator=config.density.estimator)
+    sq_dists = _sq_dists(x, k, config.density)
 
     rows = kmeans.Rows(x, ids, n)
     clustering = kmeans.lloyd(

@@ -21,7 +21,7 @@ from selective_ray.distances import blocks, sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.images import Rejected
 from selective_ray.schema import sq_dist_column
-from selective_ray.store import TABLES, Manifest, Run
+from selective_ray.store import OPTIONAL, TABLES, Manifest, Run
 
 MAX_BYTES = 15_000_000
 # Samples come from so many shards of embeddings at most: 8.6 GB to read at 65,536 rows of 512 numbers.
@@ -55,8 +55,7 @@ def write(
     stages = {}
     for table in TABLES:
         manifest = run.manifest(table)
-        if manifest is None and table == "duplicates":
-            # Brought embeddings have no bytes to compare.
+        if manifest is None and table in OPTIONAL:
             continue
         if manifest is None:
             raise UserError(f"{run.uri} has no finished {table}, so there is nothing to report; run select")

@@ -35,6 +35,14 @@ DENSITY = {
         [("image_id", pa.int64()), ("kth_sq_dist", pa.float32()), ("log_density", pa.float64())]
     ),
 }
+
+
+def neighbors_schema(k: int) -> pa.Schema:
+    """Schema of `neighbors/`: the k nearest images of each, ascending, with their squared distances."""
+    lists = ("neighbors", pa.list_(pa.int64(), k)), ("sq_dists", pa.list_(pa.float32(), k))
+    return pa.schema([("image_id", pa.int64()), *lists])
+
+
 CLUSTERS = pa.schema([("image_id", pa.int64()), ("cluster_id", pa.int32()), ("sq_dist", pa.float32())])
 
 
@@ -167,6 +175,13 @@ class Neighbors:
         return Neighbors(
             np.take_along_axis(sq_dists, order, axis=1), np.take_along_axis(image_ids, order, axis=1)
         )
+
+    def without(self, own: np.ndarray) -> Neighbors:
+        """Leave out each row's own image id, own int64 [n]; where it is not there, the last of its row."""
+        k = self.image_ids.shape[1] - 1
+        itself = self.image_ids == own[:, None]
+        itself[~itself.any(axis=1), k] = True
+        return Neighbors(self.sq_dists[~itself].reshape(-1, k), self.image_ids[~itself].reshape(-1, k))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 # Each table with the command that makes it.
-TABLES = ("images", "embeddings", "rejected", "duplicates", "density", "clusters", "selection")
+TABLES = ("images", "embeddings", "rejected", "duplicates", "density", "neighbors", "clusters", "selection")
+# Brought embeddings have no bytes to compare, and neighbors are kept where that is asked for.
+OPTIONAL = ("duplicates", "neighbors")
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,21 @@ class Run:
             raise UserError(
                 f"{path} is missing or damaged ({error}); remove {home.path(table)} and run again"
             ) from None
+
+    def verify_shard(self, table: str, index: int) -> None:
+        """Raise UserError where shard `index` of a finished table is not what was written."""
+        home = self.home(table)
+        path = home.path(table, shard_name(index))
+        recorded = next(s for s in self.manifest(table).shards if s.index == index)
+        try:
+            data = home.read_bytes(table, shard_name(index))
+        except FileNotFoundError:
+            data = None
+        if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
+            what = "is missing" if data is None else "is not what was written: its checksum differs"
+            raise UserError(
+                f"{path} {what}; restore it from a copy, or make {home.uri} again under a new --run"
+            )
 
     def read_embeddings(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return shard `index` of the embeddings: image_ids int64 [n], x float32 [n, d]."""

@@ -6,11 +6,12 @@ import numpy as np
 import oracle
 import pytest
 from conftest import unit
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from selective_ray import density
 from selective_ray.errors import UserError
+from selective_ray.neighbors import neighbors
 
 
 def in_blocks(x, rows):
@@ -19,7 +20,7 @@ def in_blocks(x, rows):
 
 def test_three_points_by_hand():
     x = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
-    found = density.neighbors(x, in_blocks(x, 3), 2)
+    found = neighbors(x, in_blocks(x, 3), 2)
     # 0.16 + 0.64 = 0.8 and 0.36 + 0.04 = 0.4; self is the first neighbor, at 0.
     assert density.sq_dists_of(found, k=2, estimator="mean") == pytest.approx([0.4, 0.2, 0.2], abs=1e-7)
     assert density.sq_dists_of(found, k=2, estimator="kth") == pytest.approx([0.8, 0.4, 0.4], abs=1e-7)
@@ -28,42 +29,16 @@ def test_three_points_by_hand():
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("k", [2, 20, 299])
 def test_equals_the_oracle(blobs, k, include_self):
-    found = density.neighbors(blobs, in_blocks(blobs, 300), density.neighbors_needed(k, include_self))
+    found = neighbors(blobs, in_blocks(blobs, 300), density.neighbors_needed(k, include_self))
     expected = oracle.mean_sq_dist(blobs, k, include_self)
     assert np.allclose(density.sq_dists_of(found, k=k, estimator="mean"), expected, rtol=1e-6, atol=0)
-
-
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_same_bits_for_any_blocks_order_and_error_bound(seed):
-    """Near-duplicates at every scale, and an error bound that distrusts most products."""
-    rng = np.random.default_rng(seed)
-    centers = unit(rng.normal(size=(6, 24)))
-    x = unit(
-        centers[rng.integers(0, 6, 120)] + 10.0 ** rng.uniform(-9, 0, (120, 1)) * rng.normal(size=(120, 24))
-    )
-    x[rng.integers(0, 120, 30)] = x[0]
-    k = int(rng.integers(2, 40))
-    exact = np.sort(oracle.sq_dists(x, x), axis=1)[:, :k]
-    blocks = in_blocks(x, int(rng.integers(1, 121)))
-    rng.shuffle(blocks)
-    for error in (None, 0.01, 10.0):
-        found = density.neighbors(x, blocks, k, error=error)
-        assert np.allclose(found.sq_dists, exact, rtol=1e-12, atol=0)
-        assert np.array_equal(found.sq_dists, density.neighbors(x, in_blocks(x, 120), k).sq_dists)
-
-
-def test_blocks_without_rows_change_nothing(blobs):
-    empty = (np.arange(0), blobs[:0])
-    found = density.neighbors(blobs, [empty, *in_blocks(blobs, 100), empty], 5)
-    assert np.array_equal(found.sq_dists, density.neighbors(blobs, in_blocks(blobs, 300), 5).sq_dists)
 
 
 def test_exact_duplicates_are_dense_but_finite():
     x = np.concatenate(
         [np.tile(unit(np.ones((1, 4))), (30, 1)), unit(np.random.default_rng(0).normal(size=(30, 4)))]
     )
-    sq_dists = density.sq_dists_of(density.neighbors(x, in_blocks(x, 60), 20), k=20, estimator="mean")
+    sq_dists = density.sq_dists_of(neighbors(x, in_blocks(x, 60), 20), k=20, estimator="mean")
     assert (sq_dists[:30] == 0).all()
     relative = density.relative(sq_dists, unit=1.0, floor=1e-6)
     assert relative.max() == 1e6
@@ -72,7 +47,7 @@ def test_exact_duplicates_are_dense_but_finite():
 
 def test_without_self_duplicates_count_as_neighbors():
     x = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
-    found = density.neighbors(x, in_blocks(x, 3), density.neighbors_needed(1, False))
+    found = neighbors(x, in_blocks(x, 3), density.neighbors_needed(1, False))
     assert density.sq_dists_of(found, k=1, estimator="mean").tolist() == [0, 0, 2]
 
 

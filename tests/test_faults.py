@@ -3,6 +3,7 @@
 `make test` kills the driver once in every stage; `make faults` does the rest.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -59,9 +60,11 @@ def command(source: list[str], run: Path, settings: dict, budget: int) -> list[s
 def under_way(run: Path, table: str, shards: int) -> bool:
     """Whether a table was begun, has some shards, and is not finished."""
     folder = run / table
+    # Densities are finished group by group, and become shards at the end.
+    finished = "work/group-*" if table == "density" else "part-*.parquet"
     return (
         (folder / "begun.json").exists()
-        and len(list(folder.glob("part-*.parquet"))) >= shards
+        and len(list(folder.glob(finished))) >= shards
         and not (folder / "manifest.json").exists()
     )
 
@@ -96,10 +99,12 @@ def test_driver_killed_in_density_clusters_and_selection(vectors, expected_of_ve
     run = tmp_path / "run"
     words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
     kill_driver_in(words, run, "density", 1)
-    measured = {path.name: path.stat().st_mtime_ns for path in (run / "density").glob("*.parquet")}
+    measured = {path: path.stat().st_mtime_ns for path in (run / "density").glob("work/group-*")}
+    kill_driver_in(words, run, "density", len(measured) + 1)
+    for path, written in measured.items():
+        assert path.stat().st_mtime_ns == written, "a finished group was redone"
     kill_driver_in(words, run, "clusters", 0)
-    for name, written in measured.items():
-        assert (run / "density" / name).stat().st_mtime_ns == written, "a finished shard was redone"
+    assert not (run / "density" / "work").exists()
     kill_driver_in(words, run, "selection", 0)
     output = finish(words)
     assert "already complete: images, embeddings, rejected, density, clusters" in output
@@ -360,12 +365,12 @@ def test_second_command_is_refused_while_the_first_works(vectors, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("table", ["rejected", "density"])
+@pytest.mark.parametrize("table", ["rejected", "embeddings"])
 def test_damaged_shard_of_an_unfinished_table_is_made_again(table, quiet, many_pictures, tmp_path):
     """A shard cut short by a full disk or a bad copy, found when the run continues."""
     run = tmp_path / "run"
     words = command(["--images", str(many_pictures)], run, EMBED, 6)
-    kill_driver_in(words, run, "density" if table == "density" else "embeddings", 3)
+    kill_driver_in(words, run, "embeddings", 3)
     shard = sorted((run / table).glob("part-*.parquet"))[0]
     shard.write_bytes(shard.read_bytes()[:50])
     finish(words)
@@ -373,7 +378,7 @@ def test_damaged_shard_of_an_unfinished_table_is_made_again(table, quiet, many_p
 
 
 NODE_KILLED = """
-import sys, threading, time
+import json, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -382,40 +387,109 @@ from selective_ray.actors import pipeline
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
-source, run = sys.argv[1:3]
+kind, source, run, until = sys.argv[1:5]
 quiet = {"include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet})
 nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
 def kill_one():
-    while len(list(Path(run).glob("embeddings/part-*.parquet"))) < 2:
+    while len(list(Path(run).glob(until))) < 2:
         time.sleep(0.01)
-    if not (Path(run) / "embeddings" / "manifest.json").exists():
+    if not (Path(run) / until.split("/")[0] / "manifest.json").exists():
         cluster.remove_node(nodes[0], allow_graceful=False)
         print("killed", flush=True)
 
 thread = threading.Thread(target=kill_one, daemon=True)
 thread.start()
-options = dict(word.split("=") for word in sys.argv[3:])
-settings, asked = config.load(options={key: int(v) if v.isdigit() else v for key, v in options.items()})
-pipeline.advance(
-    Run(run), pipeline.Source(images=source), settings, asked, Reporter(quiet=True), upto="selection"
-)
+options = json.loads(sys.argv[5])
+settings, asked = config.load(options=options, own_embeddings=kind == "embeddings")
+where = pipeline.Source(**{kind: source})
+pipeline.advance(Run(run), where, settings, asked, Reporter(quiet=True), upto="selection")
 ray.shutdown()
 cluster.shutdown()
 """
 
 
+def kill_a_node(source: dict, run: Path, until: str, options: dict) -> None:
+    """Run on two nodes of one CPU each, and kill one when two files of the run match `until`."""
+    (kind, where), options = *source.items(), {**options, "resources.workers": 2}
+    script = [sys.executable, "-c", NODE_KILLED, kind, where, str(run), until, json.dumps(options)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    answer = subprocess.run(script, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert "killed" in answer.stdout, "the node was never killed"
+
+
 @pytest.mark.faults
 def test_a_whole_node_killed_while_embedding(quiet, many_pictures, tmp_path):
     """One of two nodes goes, with the encoder and whatever else ran there; the other finishes the work."""
+    options = {**EMBED, "selection.budget": 6, "resources.stall_seconds": 20}
+    kill_a_node({"images": str(many_pictures)}, tmp_path / "run", "embeddings/part-*.parquet", options)
+    assert same_as(Run(str(tmp_path / "run")), quiet)
+
+
+LISTS = {"density.mode": "ivf", "density.k": 10, "resources.shard_rows": 1000, "seed": 2}
+
+
+@pytest.fixture(scope="module")
+def expected_densities(two_cpus, vectors, tmp_path_factory):
+    """Densities by inverted lists, of an undisturbed run."""
+    return densities(
+        advance(
+            tmp_path_factory.mktemp("lists") / "run",
+            source=pipeline.Source(embeddings=str(vectors)),
+            upto="density",
+            **LISTS,
+        )
+    )
+
+
+def densities(run: Run) -> np.ndarray:
+    shards = range(len(run.manifest("density").shards))
+    return np.concatenate([run.read_shard("density", i)["mean_sq_dist"].to_numpy() for i in shards])
+
+
+def work_under_way(run: Path, there: str, missing: str = "manifest.json"):
+    return lambda: any((run / "density").glob(there)) and not any((run / "density").glob(missing))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ("work/lists-*", "work/group-*"),
+        ("work/group-*", "part-*.parquet"),
+        ("part-*.parquet", "manifest.json"),
+    ],
+    ids=["moving rows", "joining", "writing"],
+)
+def test_owner_of_lists_killed(there, missing, expected_densities, vectors, tmp_path):
     run = tmp_path / "run"
-    options = {**EMBED, "selection.budget": 6, "resources.stall_seconds": 20, "resources.workers": 2}
-    words = [f"{key}={value}" for key, value in options.items()]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    script = [sys.executable, "-c", NODE_KILLED, str(many_pictures), str(run), *words]
-    answer = subprocess.run(script, capture_output=True, text=True, timeout=400, check=False, env=environment)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "killed" in answer.stdout, "the node was never killed while embedding"
-    assert same_as(Run(str(run)), quiet)
+    with killer("ray::ShardHolder", work_under_way(run, there, missing), 2) as killed:
+        source = pipeline.Source(embeddings=str(vectors))
+        done = advance(run, source=source, upto="density", **LISTS)
+    assert killed, "no owner was there to kill"
+    assert np.array_equal(densities(done), expected_densities)
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_joining(expected_densities, vectors, tmp_path):
+    """Its groups are put together again on the other node, which has room for one owner in place of two."""
+    options = {**LISTS, "selection.budget": 6}
+    kill_a_node({"embeddings": str(vectors)}, tmp_path / "run", "density/work/group-*", options)
+    assert np.array_equal(densities(Run(str(tmp_path / "run"))), expected_densities)
+
+
+@pytest.mark.faults
+def test_driver_killed_while_joining(expected_densities, vectors, tmp_path):
+    run = tmp_path / "run"
+    words = command(["--embeddings", str(vectors)], run, LISTS, BUDGET)
+    kill_driver_in(words, run, "density", 2)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "density").glob("work/*")}
+    kill_driver_in(words, run, "density", 6)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, (
+        "the quantizer, lists or a group was redone"
+    )
+    finish(words)
+    assert np.array_equal(densities(Run(str(run))), expected_densities)

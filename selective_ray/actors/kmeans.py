@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable
 
@@ -48,8 +47,7 @@ def cluster(
         def step(centroids: np.ndarray, candidates: int) -> Partial:
             """One put of c·d floats; one Partial back from each actor, added as it comes."""
             sent = ray.put(centroids)
-            answers = pool.each(lambda actor: actor.kmeans_step.remote(sent, candidates))
-            return functools.reduce(Partial.__add__, answers)
+            return pool.fold(lambda actor: actor.kmeans_step.remote(sent, candidates), Partial.__add__)
 
         def watch(iteration: kmeans.Iteration) -> None:
             bar.advance(1)
@@ -59,9 +57,7 @@ def cluster(
 
         clustering = kmeans.lloyd(
             step,
-            _rows(
-                pool, [shard.rows for shard in embeddings.shards], kmeans.initial_rows(n, budget, config.seed)
-            ),
+            pool.rows_at(kmeans.initial_rows(n, budget, config.seed))[1],
             n=n,
             iterations=config.cluster.iterations,
             tolerance=config.cluster.tolerance,
@@ -69,7 +65,7 @@ def cluster(
             watch=watch,
         )
         sent = [ray.put(clustering.assigned_by), ray.put(clustering.centroids)]
-        answers = list(pool.each(lambda actor: actor.write_clusters.remote(*sent)))
+        answers = pool.all(lambda actor: actor.write_clusters.remote(*sent))
     buffer = io.BytesIO()
     np.save(buffer, clustering.centroids)
     run.write_bytes(buffer.getvalue(), "clusters", CENTROIDS)
@@ -88,18 +84,3 @@ def cluster(
             "empty_clusters_repaired": sum(iteration.empty for iteration in clustering.history),
         },
     )
-
-
-def _rows(pool: Pool, shard_rows: list[int], positions: np.ndarray) -> np.ndarray:
-    """Fetch rows by their position among all, in the order given: float32 [p, d]."""
-    ends = np.cumsum(shard_rows)
-    shards = np.searchsorted(ends, positions, side="right")
-    within = positions - (ends - shard_rows)[shards]
-    asked = {int(shard): within[shards == shard] for shard in np.unique(shards)}
-    found: dict[int, np.ndarray] = {}
-    for answer in pool.each(lambda actor: actor.rows_at.remote(asked)):
-        found |= answer
-    rows = np.empty((len(positions), next(iter(found.values())).shape[1]), np.float32)
-    for shard, x in found.items():
-        rows[shards == shard] = x
-    return rows

@@ -70,9 +70,7 @@ def advance(
             _check_budget(config, run.manifest("embeddings").rows, "embedded images")
         pool = Pool(run, config.resources.workers, session)
         if upto in ("density", "selection"):
-            density.measure(
-                run, config, pool, reporter, asked="density.k" in asked, earlier=earlier, check=lease.check
-            )
+            density.measure(run, config, pool, reporter, asked=asked, earlier=earlier, check=lease.check)
         if upto in ("clusters", "selection"):
             kmeans.cluster(run, config, pool, reporter, earlier=earlier, check=lease.check)
         if upto == "selection":
@@ -124,9 +122,11 @@ def summarize(run: Run) -> dict[str, Any]:
     return {
         "run": run.uri,
         **counts,
-        # `rejected` and `duplicates` are made together with `embeddings`.
+        # These three are made together with others.
         "made_here": [
-            table for table in found if table not in ("rejected", "duplicates") and not found[table].refers_to
+            table
+            for table in found
+            if table not in ("rejected", "duplicates", "neighbors") and not found[table].refers_to
         ],
         "seconds": {table: manifest.seconds for table, manifest in found.items()},
         "report": run.path("report", "index.html") if run.exists("report", "index.html") else None,

@@ -48,11 +48,10 @@ def select(
 
         def nominate(weight: float) -> Picks:
             """Send references to the earlier picks, m·d floats a round; merge one Picks an actor."""
-            answers = pool.each(lambda actor: actor.nominate.remote(weight, judging, history))
-            return functools.reduce(Picks.merge, answers)
+            return pool.fold(lambda actor: actor.nominate.remote(weight, judging, history), Picks.merge)
 
         def fetch(picks: Picks) -> selection.PickedVectors:
-            places, x = zip(*pool.each(lambda actor: actor.vectors.remote(picks)), strict=True)
+            places, x = zip(*pool.all(lambda actor: actor.vectors.remote(picks)), strict=True)
             return selection.PickedVectors(picks.cluster_ids, _in_place(places, x))
 
         def watch(number: int) -> None:
@@ -69,7 +68,7 @@ def select(
             unit=lambda picked: selection.repulsion_unit(picked, repulsion) if scaled else 1.0,
             watch=watch,
         )
-        answers = pool.each(lambda actor: actor.measured.remote(picks, judging, history))
+        answers = pool.all(lambda actor: actor.measured.remote(picks, judging, history))
         places, sq_dists, repulsions, peaks = zip(*answers, strict=True)
     if len(picks.image_ids) != settings.budget:
         raise UserError(
@@ -99,7 +98,7 @@ def select(
 
 
 def _half_counts(pool: Pool, column: str, high: int | None) -> np.ndarray:
-    return sum(pool.each(lambda actor: actor.half_counts.remote(column, high)))
+    return pool.fold(lambda actor: actor.half_counts.remote(column, high), np.add)
 
 
 def _in_place(places: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:

@@ -6,30 +6,43 @@ call needs comes with it, so nothing is lost but time.
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import density, kmeans, selection
+from selective_ray import density, ivf, kmeans, selection
+from selective_ray.actors.joining import (
+    Joined,
+    Joining,
+    RowsByList,
+    density_table,
+    join_group,
+    neighbors_table,
+    read_groups,
+)
 from selective_ray.actors.session import Session, cpus, peak_memory, unwrapped
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
-from selective_ray.schema import CLUSTERS, DENSITY, Partial, Picks, sq_dist_column
+from selective_ray.neighbors import neighbors
+from selective_ray.schema import CLUSTERS, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates, Repulsion
 from selective_ray.store import Run, Shard
 
-# Rows of one block that all queries are compared with, and of one group of queries.
-BLOCK_ROWS = 16_384
-# Blocks are kept for the next group of queries while all of them together are smaller than this.
-KEPT_BYTES = 1 << 30
 # How often an actor may die before the run gives up, and a call be repeated.
 RESTARTS = 20
+# How often the cluster is looked at while an answer is waited for.
+LOOK_AROUND_SECONDS = 2.0
+
+
+class Shrunk(Exception):
+    """The cluster has lost nodes, and has no room for the actors that were started on it."""
 
 
 @dataclass(frozen=True)
@@ -43,88 +56,134 @@ class Judging:
     repulsion: Repulsion
 
 
-@ray.remote(num_cpus=1, max_restarts=RESTARTS, max_task_retries=RESTARTS)
+# What others need goes out beside the work, so that two holders never wait for each other.
+@ray.remote(num_cpus=1, max_restarts=RESTARTS, max_task_retries=RESTARTS, concurrency_groups={"move": 1})
 class ShardHolder:
     """Holds some shards of a run, in ascending order, and answers for their rows."""
 
-    def __init__(self, run: Run, shards: list[int], n: int, threads: int) -> None:
-        faiss.omp_set_num_threads(threads)
-        self.run, self.shards, self.n = run, shards, n
-        parts = [run.read_embeddings(shard) for shard in shards]
-        self.image_ids = np.concatenate([ids for ids, _ in parts])
-        self.x = np.concatenate([x for _, x in parts])
-        ends = np.cumsum([len(ids) for ids, _ in parts])
+    def __init__(
+        self, run: Run, shards: list[int], rows: list[int], first_row: int, n: int, dtype: str
+    ) -> None:
+        self.run, self.shards, self.first_row, self.n, self.dtype = run, shards, first_row, n, dtype
+        ends = np.cumsum(rows).tolist()
         self.rows = {
-            shard: slice(end - len(ids), end)
-            for shard, (ids, _), end in zip(shards, parts, ends, strict=True)
+            shard: slice(end - count, end) for shard, count, end in zip(shards, rows, ends, strict=True)
         }
-        self.kept: list[tuple[np.ndarray, np.ndarray]] | None = None
+        self.count = ends[-1]
+        self.loading = threading.Lock()
+        self.held: tuple[np.ndarray, np.ndarray] | None = None
+        self.by_list: RowsByList | None = None
         self.clustering: kmeans.Rows | None = None
         self.candidates: Candidates | None = None
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """Image ids of the rows held, int64 [n] ascending."""
+        return self._load()[0]
+
+    @property
+    def x(self) -> np.ndarray:
+        """The rows held, float32 [n, d]."""
+        return self._load()[1]
+
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Read the shards at the first call that needs them: what is wrong with them is then told to it."""
+        with self.loading:
+            if self.held is None:
+                image_ids, x = np.empty(self.count, np.int64), None
+                for shard, where in self.rows.items():
+                    self.run.verify_shard("embeddings", shard)
+                    image_ids[where], part = self.run.read_embeddings(shard)
+                    x = np.empty((self.count, part.shape[1]), np.float32) if x is None else x
+                    if part.shape[1] != x.shape[1]:
+                        raise UserError(
+                            f"shard {shard} of {self.run.path('embeddings')} has rows of {part.shape[1]} "
+                            f"numbers, and others of {x.shape[1]}; embed again with a new --run"
+                        )
+                    x[where] = part
+                self.held = image_ids, x
+        return self.held
 
     def pid(self) -> int:
         """Return the process that holds them."""
         return os.getpid()
 
+    def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows by their position among all: places in `positions`, image_ids, and x, of those held."""
+        place = np.flatnonzero((positions >= self.first_row) & (positions < self.first_row + self.count))
+        rows = positions[place] - self.first_row
+        return place, self.image_ids[rows], self.x[rows]
+
     # Density
 
-    def measure(
-        self, shards: list[int], total_shards: int, k: int, include_self: bool, estimator: str, floor: float
-    ) -> tuple[list[Shard], int]:
-        """Write the density of some of the shards held here: the shards written and the peak memory."""
-        slices = [self.rows[shard] for shard in shards]
-        queries = self.x[slices[0].start : slices[-1].stop]
-        needed = density.neighbors_needed(k, include_self)
-        found = density.neighbors(queries, self._blocks(total_shards), needed)
-        sq_dists = density.sq_dists_of(found, k=k, estimator=estimator)
-        columns = {sq_dist_column(estimator): sq_dists}
-        if estimator == "kth":
-            columns["log_density"] = density.log_density(
-                sq_dists, k=k, n=self.n, d=self.x.shape[1], floor=floor
-            )
-        written = []
-        for shard, rows in zip(shards, slices, strict=True):
-            part = slice(rows.start - slices[0].start, rows.stop - slices[0].start)
-            content = {
-                "image_id": self.image_ids[rows],
-                **{key: value[part] for key, value in columns.items()},
-            }
-            written.append(self.run.write_shard("density", shard, pa.table(content, DENSITY[estimator])))
-        return written, peak_memory()
+    def train(self, lists: int, seed: int, *samples: tuple) -> np.ndarray:
+        """Train the centroids of the lists on the rows that the holders drew."""
+        places, _, x = zip(*samples, strict=True)
+        return ivf.train(np.concatenate(x)[np.argsort(np.concatenate(places))], lists, seed)
 
-    def _blocks(self, total_shards: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield all rows of the run in blocks of about BLOCK_ROWS."""
-        if self.kept is not None:
-            yield from self.kept
-            return
-        keep = [] if self.n * self.x.shape[1] * 4 <= KEPT_BYTES else None
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
-        for shard in range(total_shards):
-            parts.append(self.run.read_embeddings(shard))
-            if sum(len(ids) for ids, _ in parts) >= BLOCK_ROWS or shard == total_shards - 1:
-                block = np.concatenate([ids for ids, _ in parts]), np.concatenate([x for _, x in parts])
-                if keep is not None:
-                    keep.append(block)
-                yield block
-                parts = []
-        self.kept = keep
+    def neighbors_here(self, queries: np.ndarray, needed: int) -> Neighbors:
+        """Find the nearest rows of some queries among the rows held here."""
+        return neighbors(queries, [(self.image_ids, self.x)], needed)
+
+    def lists_of(self, image_ids: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lists of the images held here: places in image_ids, and lists."""
+        row = np.searchsorted(self.image_ids, image_ids)
+        place = np.flatnonzero(row < len(self.image_ids))
+        place = place[self.image_ids[row[place]] == image_ids[place]]
+        return place, ivf.assign(self.x[row[place]], centroids).lists
+
+    def _density(self, how: Joining) -> RowsByList:
+        if self.by_list is None or self.by_list.how != how:
+            self.by_list = RowsByList(self, how)
+        return self.by_list
+
+    def assign(self, how: Joining) -> np.ndarray:
+        """Find and keep the lists that the rows held here are in and probe; returns the sizes of lists."""
+        return self._density(how).sizes()
+
+    def work(self, how: Joining, cells: ivf.Cells, sizes: np.ndarray) -> np.ndarray:
+        """Return what the join costs for each group, as far as its rows are held here, in products."""
+        return self._density(how).work(cells, sizes)
+
+    @ray.method(concurrency_group="move")
+    def slices(self, how: Joining, cells: ivf.Cells, groups: list[int]) -> tuple[ivf.Block, ...] | ivf.Block:
+        """Return the rows held here of some groups."""
+        blocks = tuple(self._density(how).slice(cells, group) for group in groups)
+        return blocks if len(blocks) > 1 else blocks[0]
+
+    @ray.method(concurrency_group="move")
+    def gather(self, how: Joining, *parts: ivf.Block) -> ivf.Block:
+        """Own a group: put its rows together."""
+        return ivf.gather(parts, how.collapse)
+
+    def join(
+        self, how: Joining, cells: ivf.Cells, group: int, blocks: list[ray.ObjectRef], sampled: np.ndarray
+    ) -> Joined:
+        """Find the neighbors of the rows of a group and write their densities."""
+        return join_group(self.run, how, cells, group, blocks, sampled)
+
+    def write_density(self, how: Joining, groups: int, n: int) -> tuple[list[Shard], list[Shard], int]:
+        """Write the densities of the shards held here; also their neighbors, if kept, and peak memory."""
+        self.by_list = None
+        written, kept = [], []
+        found = read_groups(self.run, how, groups, self.image_ids)
+        for shard, rows in self.rows.items():
+            part = {key: values[rows] for key, values in found.items()}
+            ids = self.image_ids[rows]
+            written.append(
+                self.run.write_shard("density", shard, density_table(how, part, ids, n, self.x.shape[1]))
+            )
+            if how.keep_neighbors:
+                kept.append(self.run.write_shard("neighbors", shard, neighbors_table(part, ids)))
+        return written, kept, peak_memory()
 
     # Clusters
 
     def kmeans_step(self, centroids: np.ndarray, candidates: int) -> Partial:
         """Assign the rows held here; return their Partial."""
-        self.kept = None
         if self.clustering is None:
             self.clustering = kmeans.Rows(self.x, self.image_ids, self.n)
         return self.clustering.step(centroids, candidates)
-
-    def rows_at(self, positions: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Return rows of shards held here, by position within the shard."""
-        return {
-            shard: self.x[self.rows[shard].start + rows]
-            for shard, rows in positions.items()
-            if shard in self.rows
-        }
 
     def write_clusters(self, assigned_by: np.ndarray, centroids: np.ndarray) -> tuple[list[Shard], int]:
         """Write the clusters of the shards held here: labels by `assigned_by`, distances to `centroids`."""
@@ -202,43 +261,119 @@ class Pool:
         self.run, self.workers, self.session = run, workers, session
         self.actors: list[Any] = []
         self.held: list[list[int]] = []
+        # CPUs that each takes, and that the cluster had when they were started.
+        self.share, self.room = 1.0, 0.0
 
-    def start(self) -> None:
-        """Start the actors unless they run; each holds a contiguous share of the shards."""
+    def start(self, stated: Callable[[int], int] | None = None) -> None:
+        """Start the actors unless they run; each holds a contiguous share of the shards.
+
+        stated gives the bytes that an actor of so many rows takes. Raises UserError where they are not there.
+        """
         if self.actors:
             return
         self.session.start()
         embeddings = self.run.manifest("embeddings")
         assert embeddings is not None
-        shards = len(embeddings.shards)
-        count = min(self.workers or cpus(), shards)
-        self.held = [part.tolist() for part in np.array_split(np.arange(shards), count)]
-        # One thread an actor, and as many actors as CPUs: products are independent of each other.
-        threads = max(1, cpus() // count)
-        share = min(1.0, cpus() / count)
+        rows = [shard.rows for shard in embeddings.shards]
+        count = min(self.workers or cpus(), len(rows))
+        self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
+        ends = np.cumsum([0, *rows]).tolist()
+        dtype = embeddings.what["embed"]["dtype"]
+        memory = max((stated or self._rows_alone)(sum(rows[shard] for shard in held)) for held in self.held)
+        self._check_room(count, memory)
+        # As many actors as CPUs, of one thread each: products are independent of each other.
+        self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
         self.actors = [
-            ShardHolder.options(num_cpus=share).remote(self.run, held, embeddings.rows, threads)
+            ShardHolder.options(num_cpus=self.share, memory=memory).remote(
+                *(self.run, held, [rows[shard] for shard in held], ends[held[0]], ends[-1], dtype)
+            )
             for held in self.held
         ]
 
+    def _rows_alone(self, rows: int) -> int:
+        return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 64) + 2**28
+
+    def _check_room(self, count: int, memory: int) -> None:
+        there = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        room = sum(int(bytes_ // memory) for bytes_ in there)
+        if room < count:
+            raise UserError(
+                f"{count} workers that hold the embeddings take {memory / 1e9:.1f} GB each, and the memory "
+                f"of the cluster ({sum(there) / 1e9:.1f} GB on {len(there)} machines) has room for {room}; "
+                "use larger machines or more of them, or another number of --set resources.workers"
+            )
+
+    def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fetch rows by their position among all, in the order given: image_ids int64 [p], float32 [p, d]."""
+        answers = self.all(lambda actor: actor.rows_at.remote(positions))
+        places, image_ids, x = (np.concatenate(part) for part in zip(*answers, strict=True))
+        order = np.argsort(places)
+        return image_ids[order], x[order]
+
     def each(self, call: Callable[[Any], ray.ObjectRef]) -> Iterator[Any]:
-        """Make one call on every actor and yield the answers as they come, so that few are held at a time."""
-        yield from self.answers([call(actor) for actor in self.actors])
+        """Make one call on every actor and yield the answers as they come, so that few are held at a time.
+
+        Raises Shrunk where the cluster has lost the room for the actors.
+        """
+        pending = [call(actor) for actor in self.actors]
+        while pending:
+            ready = self.wait(pending, 1)[0]
+            pending.remove(ready)
+            yield self.answer(ready)
+
+    def fold(self, call: Callable[[Any], ray.ObjectRef], merge: Callable[[Any, Any], Any]) -> Any:
+        """Make one call on every actor and merge the answers; with new actors where the cluster shrinks."""
+        while True:
+            try:
+                return functools.reduce(merge, self.each(call))
+            except Shrunk:
+                self.restart()
+
+    def all(self, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        """Make one call on every actor and return the answers, as they came."""
+        while True:
+            try:
+                return list(self.each(call))
+            except Shrunk:
+                self.restart()
+
+    def wait(self, calls: list[ray.ObjectRef], count: int | None = None) -> list[ray.ObjectRef]:
+        """Wait for some or all calls and return those done; raises Shrunk rather than wait for ever."""
+        count = count or len(calls)
+        while True:
+            ready, _ = ray.wait(calls, num_returns=count, timeout=LOOK_AROUND_SECONDS, fetch_local=False)
+            if len(ready) >= count:
+                return ready
+            if ray.cluster_resources().get("CPU", 0.0) < min(self.room, self.share * len(self.actors)) - 1e-6:
+                raise Shrunk
 
     @staticmethod
-    def answers(pending: list[ray.ObjectRef]) -> Iterator[Any]:
-        """Yield the answers of calls as they come; a UserError of an actor is raised as itself."""
-        while pending:
-            (ready,), pending = ray.wait(pending, num_returns=1)
+    def answer(call: ray.ObjectRef) -> Any:
+        """Return the answer of a call; a UserError of an actor is raised as itself."""
+        try:
+            with unwrapped():
+                return ray.get(call)
+        except ray.exceptions.RayActorError as error:
+            raise UserError(
+                f"a worker ended {RESTARTS} times, most likely for lack of memory; give it more, or "
+                f"fewer --set resources.workers ({str(error).splitlines()[0]})"
+            ) from None
+
+    def train(self, lists: int, seed: int, positions: np.ndarray) -> np.ndarray:
+        """Train the centroids of inverted lists on one actor, which gets the rows from all of them."""
+        while True:
+            drawn = [actor.rows_at.remote(positions) for actor in self.actors]
+            call = self.actors[0].train.remote(lists, seed, *drawn)
             try:
-                with unwrapped():
-                    answer = ray.get(ready)
-            except ray.exceptions.RayActorError as error:
-                raise UserError(
-                    f"a worker ended {RESTARTS} times, most likely for lack of memory; give it more, or "
-                    f"fewer --set resources.workers ({str(error).splitlines()[0]})"
-                ) from None
-            yield answer
+                self.wait([call])
+                return self.answer(call)
+            except Shrunk:
+                self.restart()
+
+    def restart(self) -> None:
+        """Start anew, with as many actors as the cluster has room for now."""
+        self.stop()
+        self.start()
 
     def stop(self) -> None:
         """End the actors and free what they hold."""
