@@ -26,9 +26,9 @@ LISTS_PER_ROOT = 2
 TRAINING_ROWS = 32
 TRAINING_ITERATIONS = 10
 # Rows whose exact neighbors tell how far to reach, and as many others that certify what came of it.
-SAMPLE = 1000
+SAMPLE = 600
 # Of the misses that are allowed, so many are planned for; the others are the sample's own error.
-PLANNED_MISSES = 0.6
+PLANNED_MISSES = 0.75
 # Rows of a group, the unit of work and of recovery; lists that are larger are split.
 GROUP_ROWS = (256, 65_536)
 GROUPS = 32

@@ -56,9 +56,14 @@ class Nearest:
 
         pairs says which queries are compared with which run of rows; all with all where it is left out.
         """
+        if not len(x):
+            return
         pending: list[tuple[np.ndarray, np.ndarray]] = []
         waiting = 0
         every = np.arange(len(self.queries))
+        sq_norms = np.einsum("sd,sd->s", x, x, dtype=np.float32)
+        norms = float(sq_norms.min()), float(sq_norms.max())
+        buffer = np.empty(0, np.float32)
         for queries, rows in pairs:
             # Nothing is nearer than a k-th distance of zero.
             some = every[queries]
@@ -67,7 +72,10 @@ class Nearest:
             step = max(TILE_ROWS, TILE_ROWS_PER_NEIGHBOR * self.k)
             for start in range(first, last, step) if len(some) else ():
                 part = x[start : min(start + step, last)].astype(np.float32, copy=False)
-                for query, row in self._near(some, part):
+                tile = max(TILE_QUERIES, TILE_PRODUCTS // len(part))
+                if len(buffer) < tile * len(part):
+                    buffer = np.empty(tile * len(part), np.float32)
+                for query, row in self._near(some, part, tile, buffer, *norms):
                     pending.append((query, row + start))
                     waiting += len(query)
                     if waiting > MOST_PAIRS:
@@ -75,22 +83,30 @@ class Nearest:
                         pending, waiting = [], 0
         self._settle(pending, image_ids, x)
 
-    def _near(self, some: np.ndarray, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the pairs of queries and rows that a product cannot exclude, a tile at a time."""
-        sq_norms = np.einsum("sd,sd->s", x, x)
-        smallest, largest = float(sq_norms.min()), float(sq_norms.max())
-        step = max(TILE_QUERIES, TILE_PRODUCTS // len(x))
-        buffer = np.empty((min(step, len(some)), len(x)), np.float32)
-        for start in range(0, len(some), step):
-            here = some[start : start + step]
-            products = np.matmul(self.queries[here], x.T, out=buffer[: len(here)])
+    def _near(
+        self,
+        some: np.ndarray,
+        x: np.ndarray,
+        tile: int,
+        buffer: np.ndarray,
+        smallest: float,
+        largest: float,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the pairs of queries and rows that a product cannot exclude, `tile` queries at a time.
+
+        smallest and largest bound the squared norms of the rows.
+        """
+        for start in range(0, len(some), tile):
+            here = some[start : start + tile]
+            out = buffer[: len(here) * len(x)].reshape(len(here), len(x))
+            products = np.matmul(self.queries.take(here, 0), x.T, out=out)
             self.products += products.size
             limit, norms = self.kth[here], self.sq_norms[here]
             if len(x) >= self.k and np.isinf(limit).any():
                 # What is farther than the k-th nearest of this tile is not among the k nearest of all.
                 kth_product = _lower_bound_of_kth_largest(products, self.k)
                 limit = np.minimum(limit, norms + largest - 2.0 * kth_product + self.error)
-            # |q|^2 + |x|^2 - 2 q·x <= limit + error, with the smallest |x|^2 of the tile for all of them.
+            # |q|^2 + |x|^2 - 2 q·x <= limit + error, with the smallest |x|^2 for all rows.
             least = ((norms + smallest - limit - self.error) / 2).astype(np.float32)
             near = products >= np.nextafter(least, np.float32(-np.inf))[:, None]
             query, row = np.divmod(flat_nonzero(near), len(x))
