@@ -359,4 +359,9 @@ def _validate(flat: dict[str, Any]) -> Config:
             "density.k = 1 with density.include_self is the distance of every image to itself, which is 0; "
             "ask for k of 2 or more"
         )
+    if config.density.mode == "exact" and (config.density.lists or config.density.probes):
+        raise UsageError(
+            "density.lists and density.probes mean nothing with density.mode = exact; leave them out, or set "
+            "density.mode to ivf"
+        )
     return config

@@ -145,7 +145,7 @@ def test_an_option_that_was_not_given_disagrees_with_nothing():
         "density.k=1.5",
         "density.k=[20]",
         "density.floor=0",
-        "density.mode=ivf",
+        "density.mode=lists",
         "density.estimator=median",
         "density.include_self=perhaps",
         "cluster.iterations=0",
@@ -293,3 +293,10 @@ def test_with_own_embeddings_only_the_preset_loses_its_embed_section(toml):
     file = toml('[embed]\ndtype = "float16"\n')
     settings, asked = load(preset="usl-cifar10", file=file, own_embeddings=True)
     assert settings.embed.dtype == "float16" and "embed.dtype" in asked
+
+
+@pytest.mark.parametrize("key", ["lists", "probes"])
+def test_lists_without_a_search_by_lists_are_refused(key):
+    with pytest.raises(UsageError, match=r"mean nothing with density\.mode = exact"):
+        config.load(options={"density.mode": "exact", f"density.{key}": 5})
+    assert config.load(options={f"density.{key}": 5})[0].density.mode == "auto"

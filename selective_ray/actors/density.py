@@ -60,7 +60,7 @@ def measure(
     needed = density.neighbors_needed(k, settings.include_self)
     plan = ivf.plan(
         *(n, embeddings.summary["dimension"], needed),
-        mode=settings.mode,
+        mode="ivf" if settings.mode == "auto" and settings.probes else settings.mode,
         lists=settings.lists,
         recall=settings.recall,
     )

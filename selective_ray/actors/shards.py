@@ -263,6 +263,7 @@ class Pool:
         self.held: list[list[int]] = []
         # CPUs that each takes, and that the cluster had when they were started.
         self.share, self.room = 1.0, 0.0
+        self.stated: Callable[[int], int] = self._rows_alone
 
     def start(self, stated: Callable[[int], int] | None = None) -> None:
         """Start the actors unless they run; each holds a contiguous share of the shards.
@@ -271,6 +272,7 @@ class Pool:
         """
         if self.actors:
             return
+        self.stated = stated or self.stated
         self.session.start()
         embeddings = self.run.manifest("embeddings")
         assert embeddings is not None
@@ -279,7 +281,7 @@ class Pool:
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
-        memory = max((stated or self._rows_alone)(sum(rows[shard] for shard in held)) for held in self.held)
+        memory = max(self.stated(sum(rows[shard] for shard in held)) for held in self.held)
         self._check_room(count, memory)
         # As many actors as CPUs, of one thread each: products are independent of each other.
         self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
