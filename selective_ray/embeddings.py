@@ -30,8 +30,10 @@ def unit_rows(x: np.ndarray, first_row: int = 0) -> tuple[np.ndarray, np.ndarray
         scaled = wide / largest[:, None]
         lengths = np.sqrt((scaled**2).sum(axis=1))
         unit = (scaled / lengths[:, None]).astype(np.float32)
-        keep = np.abs(largest * lengths - 1) <= UNIT_TOLERANCE
-    unit[keep] = x[keep]
+        # Judged as float32, which is what stays: else a row at the very tolerance would be changed next time.
+        narrow = x.astype(np.float32)
+        keep = np.abs(np.sqrt((narrow.astype(np.float64) ** 2).sum(axis=1)) - 1) <= UNIT_TOLERANCE
+    unit[keep] = narrow[keep]
     return (
         unit,
         np.flatnonzero(~np.isfinite(wide).all(axis=1)) + first_row,

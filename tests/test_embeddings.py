@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import unit
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -312,6 +312,7 @@ ARRAYS = hnp.arrays(
 
 
 @given(ARRAYS)
+@example(np.array([[0.99999]]))
 def test_every_row_is_unit_length_or_named(x):
     found, not_finite, zero = unit_rows(x)
     assert found.dtype == np.float32 and found.shape == x.shape

@@ -163,7 +163,8 @@ def read_joined(run: Run, how: Joining, group: int) -> Joined | None:
     """Return what the join of a group told, None where it is not finished."""
     if not run.exists("density", WORK, how.file("group", group)):
         return None
-    kept = json.loads(pq.read_schema(_open(run, how, group)).metadata[b"joined"])
+    with _open(run, how, group) as file:
+        kept = json.loads(pq.read_schema(file).metadata[b"joined"])
     lists = np.array(kept.pop("image_ids"), np.int64), np.array(kept.pop("sq_dists"), np.float64)
     return Joined(*kept.values(), lists[0], lists[1].reshape(len(lists[0]), how.needed))
 
