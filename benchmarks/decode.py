@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--margin", type=float, nargs="*", default=[images.MARGIN])
     options = parser.parse_args()
     originals = list(islice(photographs(options.source), options.images))
-    size, crop = encoders.transform(ENCODER, options.size)
+    transform = encoders.transform(ENCODER, options.size)
+    size, crop = transform.size, transform.crop
     encode = None
     if options.checkpoint:
         encode = encoders.load(ENCODER, checkpoint=options.checkpoint, image_size=size).encode

@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -71,8 +73,14 @@ def product_rate() -> float:
     return out.size / best
 
 
-def stage(file: Path, *, k: int = K, half: bool = False, **options) -> dict:
-    """Run the whole stage in a Ray of its own; returns its figures, and its seconds with Ray's start."""
+def stage(file: Path, **options) -> dict:
+    """Run the whole stage in a process and a Ray of its own, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        return child.submit(run_stage, file, **options).result()
+
+
+def run_stage(file: Path, *, k: int = K, half: bool = False, **options) -> dict:
+    """Run the stage here; returns its figures, and its seconds with Ray's start."""
     options = {"density.k": k, **{key.replace("__", "."): value for key, value in options.items()}}
     options |= {"embed.dtype": "float16"} if half else {}
     settings, asked = config.load(options=options, own_embeddings=True)

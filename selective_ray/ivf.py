@@ -8,6 +8,7 @@ list a row is in and which it probes are settled by direct differences: they dep
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,13 @@ import numpy as np
 
 from selective_ray.distances import flat_nonzero, product_error, sq_dists_direct
 from selective_ray.errors import UserError
-from selective_ray.neighbors import TILE_PRODUCTS, TILE_QUERIES, Nearest
+from selective_ray.neighbors import (
+    TILE_PRODUCTS,
+    TILE_QUERIES,
+    TILE_ROWS,
+    TILE_ROWS_PER_NEIGHBOR,
+    Nearest,
+)
 from selective_ray.schema import Neighbors
 
 # Lists for each square root of n: the work of finding lists and of joining them are then of a size.
@@ -186,8 +193,36 @@ class Assignment:
     probes: np.ndarray
 
 
+def propose(
+    x: np.ndarray, centroids: np.ndarray, nth: int, slack: float
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield, for a tile of rows after the other, the centroids that come near them, by float32 products.
+
+    A score is half of |x|^2 - |x - c|^2, so that its error is half of that of two distances. Named are all
+    within `slack` of the nth best score of their row: the tile, row int64 [p] ascending within it, centroid
+    int64 [p] and score float32 [p].
+    """
+    half_norms = (np.einsum("cd,cd->c", centroids, centroids, dtype=np.float64) / 2).astype(np.float32)
+    columns = np.ascontiguousarray(centroids.T)
+    step = max(TILE_QUERIES, 4 * TILE_PRODUCTS // len(centroids))
+    buffer = np.empty((step, len(centroids)), np.float32)
+    for start in range(0, len(x), step):
+        tile = slice(start, min(start + step, len(x)))
+        scores = np.matmul(x[tile], columns, out=buffer[: tile.stop - start])
+        scores -= half_norms
+        last = len(centroids) - nth
+        best = scores.max(axis=1) if nth == 1 else np.partition(scores, last, axis=1)[:, last]
+        hits = flat_nonzero(scores >= (best - np.float32(slack))[:, None])
+        yield tile, *np.divmod(hits, len(centroids)), scores.reshape(-1)[hits]
+
+
 def assign(
-    x: np.ndarray, centroids: np.ndarray, *, reach: float = 0.0, probes: int | None = None
+    x: np.ndarray,
+    centroids: np.ndarray,
+    *,
+    reach: float = 0.0,
+    probes: int | None = None,
+    propose: Callable[..., Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]] = propose,
 ) -> Assignment:
     """Find the list of every row and the lists it probes: those within `reach`, or its `probes` nearest.
 
@@ -195,21 +230,17 @@ def assign(
     """
     norms = np.einsum("cd,cd->c", centroids, centroids, dtype=np.float64)
     margin = product_error(x.shape[1], 1.0, math.sqrt(norms.max()))
-    half_norms = (norms / 2).astype(np.float32)
-    columns = np.ascontiguousarray(centroids.T)
-    step = max(TILE_QUERIES, 4 * TILE_PRODUCTS // len(centroids))
-    buffer = np.empty((step, len(centroids)), np.float32)
-    found = []
-    for start in range(0, len(x), step):
-        rows = x[start : start + step]
-        # Half of |x|^2 - |x - c|^2, so that its error is half of that of two distances.
-        scores = np.matmul(rows, columns, out=buffer[: len(rows)])
-        scores -= half_norms
-        found.append(
-            _within_reach(rows, centroids, scores, reach, margin)
-            if probes is None
-            else _nearest_lists(rows, centroids, scores, min(probes, len(centroids)), margin)
-        )
+    if probes is None:
+        found = [
+            _within_reach(x[tile], centroids, *near, reach, margin)
+            for tile, *near in propose(x, centroids, 1, reach / 2 + margin)
+        ]
+    else:
+        probes = min(probes, len(centroids))
+        found = [
+            _nearest_lists(x[tile], centroids, row, column, probes)
+            for tile, row, column, _ in propose(x, centroids, probes, margin)
+        ]
     if not found:
         nothing = np.empty(0, np.int32)
         return Assignment(nothing, nothing, nothing)
@@ -238,14 +269,17 @@ def ranks(x: np.ndarray, centroids: np.ndarray, targets: np.ndarray) -> np.ndarr
 
 
 def _within_reach(
-    x: np.ndarray, centroids: np.ndarray, scores: np.ndarray, reach: float, margin: float
+    x: np.ndarray,
+    centroids: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    scores: np.ndarray,
+    reach: float,
+    margin: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the nearest list of every row, how many lie within reach of it, and these."""
-    best = scores.max(axis=1)
-    limit = best - np.float32(reach / 2 + margin)
-    hits = flat_nonzero(scores >= limit[:, None])
-    row, column = np.divmod(hits, len(centroids))
-    behind = 2 * (best[row] - scores.reshape(-1)[hits])
+    first = np.searchsorted(row, np.arange(len(x)))
+    behind = 2 * (np.maximum.reduceat(scores, first)[row] - scores)
     # The nearest list: among those that products cannot tell apart, by direct differences.
     close = np.flatnonzero(behind <= 2 * margin)
     exact = sq_dists_direct(x, row[close], centroids, column[close])
@@ -262,12 +296,9 @@ def _within_reach(
 
 
 def _nearest_lists(
-    x: np.ndarray, centroids: np.ndarray, scores: np.ndarray, probes: int, margin: float
+    x: np.ndarray, centroids: np.ndarray, row: np.ndarray, column: np.ndarray, probes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the nearest list of every row, the number of probes, and so many nearest lists."""
-    nth = len(centroids) - probes
-    limit = np.partition(scores, nth, axis=1)[:, nth] - np.float32(margin)
-    row, column = np.divmod(flat_nonzero(scores >= limit[:, None]), len(centroids))
     order = np.lexsort((column, sq_dists_direct(x, row, centroids, column), row))
     row, column = row[order], column[order]
     first = np.searchsorted(row, np.arange(len(x)))
@@ -413,7 +444,12 @@ def _firsts_of_equal(x: np.ndarray, cells: np.ndarray) -> np.ndarray:
 
 
 def join(
-    block: Block, fetch: Callable[[list[int]], Iterator[Block]], cells: Cells, group: int, k: int
+    block: Block,
+    fetch: Callable[[list[int]], Iterator[Block]],
+    cells: Cells,
+    group: int,
+    k: int,
+    kernel: Callable[[np.ndarray, int], Nearest] = Nearest,
 ) -> tuple[Neighbors, int]:
     """Find the k nearest rows of the wanted rows of a group in the cells they probe; also counts products.
 
@@ -424,7 +460,8 @@ def join(
     rows = np.flatnonzero(block.wanted)
     if block.stands_for is not None:
         rows = np.unique(block.stands_for[rows])
-    nearest = Nearest(block.x[rows].astype(np.float32, copy=False), k)
+    queries = block.x[rows].astype(np.float32, copy=False)
+    nearest = kernel(queries, k)
     own = block.cells[rows]
     everywhere = np.arange(cells.groups)
     if block.counts is None:
@@ -445,7 +482,7 @@ def join(
     found, products = nearest.found(), nearest.products
     short = np.flatnonzero(nearest.count < k)
     if len(short) and block.counts is not None:
-        again = Nearest(nearest.queries[short], k)
+        again = kernel(queries[short], k)
         _compare_with_all(again, block, fetch, everywhere, group)
         found.sq_dists[short], found.image_ids[short] = (again.found().sq_dists, again.found().image_ids)
         products += again.products
@@ -462,9 +499,15 @@ def _compare_with_all(
     groups: np.ndarray,
     group: int,
 ) -> None:
-    for theirs in _own_first(block, fetch, groups, group):
-        there = theirs.distinct()
-        nearest.offer(there.image_ids, there.x)
+    """Offer the rows of groups together, so many that each query settles few of them in vain."""
+    enough = max(TILE_ROWS, TILE_ROWS_PER_NEIGHBOR * nearest.k)
+    parts: list[Block] = []
+    for theirs in itertools.chain(_own_first(block, fetch, groups, group), [None]):
+        if theirs is not None:
+            parts.append(theirs.distinct())
+        if parts and (theirs is None or sum(len(part.x) for part in parts) >= enough):
+            nearest.offer(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("image_ids", "x")))
+            parts = []
 
 
 def _own_first(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from selective_ray.distances import flat_nonzero, product_error, sq_dists_direct
+from selective_ray.distances import blocks, flat_nonzero, product_error, sq_dists_direct
 from selective_ray.schema import Neighbors
 
 # Products computed at a time: 1 MB of float32, which a core keeps in its own cache.
@@ -22,6 +22,10 @@ TILE_ROWS = 4096
 TILE_ROWS_PER_NEIGHBOR = 64
 # Pairs whose direct differences are computed at a time: bounds what near-duplicates by the thousand take.
 MOST_PAIRS = 1 << 20
+# Where queries have so many times k pairs on average, and so many more than k, it pays to tell the k nearest
+# by their products first.
+WORTH_SORTING = 1.2
+SPARE_PAIRS = 8
 
 
 class Nearest:
@@ -58,30 +62,36 @@ class Nearest:
         """
         if not len(x):
             return
-        pending: list[tuple[np.ndarray, np.ndarray]] = []
+        pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         waiting = 0
         every = np.arange(len(self.queries))
         sq_norms = np.einsum("sd,sd->s", x, x, dtype=np.float32)
         norms = float(sq_norms.min()), float(sq_norms.max())
         buffer = np.empty(0, np.float32)
+        # So few queries at a time that all their rows are seen before the nearest are settled.
+        together = max(TILE_QUERIES, MOST_PAIRS // (4 * self.k))
         for queries, rows in pairs:
             # Nothing is nearer than a k-th distance of zero.
-            some = every[queries]
-            some = some[self.kth[some] > 0]
+            all_queries = every[queries]
+            all_queries = all_queries[self.kth[all_queries] > 0]
             first, last, _ = rows.indices(len(x))
             step = max(TILE_ROWS, TILE_ROWS_PER_NEIGHBOR * self.k)
-            for start in range(first, last, step) if len(some) else ():
-                part = x[start : min(start + step, last)].astype(np.float32, copy=False)
-                tile = max(TILE_QUERIES, TILE_PRODUCTS // len(part))
-                if len(buffer) < tile * len(part):
-                    buffer = np.empty(tile * len(part), np.float32)
-                for query, row in self._near(some, part, tile, buffer, *norms):
-                    pending.append((query, row + start))
-                    waiting += len(query)
-                    if waiting > MOST_PAIRS:
-                        self._settle(pending, image_ids, x)
-                        pending, waiting = [], 0
-        self._settle(pending, image_ids, x)
+            for some in (all_queries[at : at + together] for at in range(0, len(all_queries), together)):
+                for start in range(first, last, step):
+                    part = x[start : min(start + step, last)].astype(np.float32, copy=False)
+                    tile = max(TILE_QUERIES, TILE_PRODUCTS // len(part))
+                    if len(buffer) < tile * len(part):
+                        buffer = np.empty(tile * len(part), np.float32)
+                    for query, row, product in self._near(some, part, tile, buffer, *norms):
+                        pending.append((query, row + start, product))
+                        waiting += len(query)
+                        if waiting > 4 * MOST_PAIRS:
+                            self._settle(pending, image_ids, x, norms[1] - norms[0])
+                            pending, waiting = [], 0
+                if waiting > MOST_PAIRS:
+                    self._settle(pending, image_ids, x, norms[1] - norms[0])
+                    pending, waiting = [], 0
+        self._settle(pending, image_ids, x, norms[1] - norms[0])
 
     def _near(
         self,
@@ -91,10 +101,10 @@ class Nearest:
         buffer: np.ndarray,
         smallest: float,
         largest: float,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield the pairs of queries and rows that a product cannot exclude, `tile` queries at a time.
 
-        smallest and largest bound the squared norms of the rows.
+        With the product, float32 [p]; smallest and largest bound the squared norms of the rows.
         """
         for start in range(0, len(some), tile):
             here = some[start : start + tile]
@@ -109,23 +119,55 @@ class Nearest:
             # |q|^2 + |x|^2 - 2 q·x <= limit + error, with the smallest |x|^2 for all rows.
             least = ((norms + smallest - limit - self.error) / 2).astype(np.float32)
             near = products >= np.nextafter(least, np.float32(-np.inf))[:, None]
-            query, row = np.divmod(flat_nonzero(near), len(x))
-            if len(query):
-                yield here[query], row
+            hits = flat_nonzero(near)
+            if len(hits):
+                query, row = np.divmod(hits, len(x))
+                yield here[query], row, products.reshape(-1)[hits]
 
     def _settle(
-        self, pending: list[tuple[np.ndarray, np.ndarray]], image_ids: np.ndarray, x: np.ndarray
+        self,
+        pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        image_ids: np.ndarray,
+        x: np.ndarray,
+        spread: float,
     ) -> None:
-        """Measure the pairs that products could not exclude, and keep the nearest."""
+        """Measure the pairs that products could not exclude, and keep the nearest.
+
+        spread is that of the squared norms of the rows.
+        """
         if not pending:
             return
-        query, row = (np.concatenate(part) for part in zip(*pending, strict=True))
+        query, row, products = (np.concatenate(part) for part in zip(*pending, strict=True))
+        query, row = self._without_far(query, row, products, spread)
         for start in range(0, len(query), MOST_PAIRS):
             some, rows = query[start : start + MOST_PAIRS], row[start : start + MOST_PAIRS]
             sq_dists = sq_dists_direct(self.queries, some, x, rows)
             good = np.flatnonzero(sq_dists <= self.kth[some])
             good = good[np.argsort(some[good], kind="stable")]
             self._keep(some[good], sq_dists[good], image_ids[rows[good]])
+
+    def _without_far(
+        self, query: np.ndarray, row: np.ndarray, products: np.ndarray, spread: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Leave out pairs that are farther than k others of their query, where there are many such."""
+        counts = np.bincount(query, minlength=len(self.queries))
+        many = np.flatnonzero(counts > self.k + SPARE_PAIRS)
+        if len(query) < WORTH_SORTING * self.k * len(many) or not len(many):
+            return query, row
+        order = np.argsort(query, kind="stable")
+        least = np.full(len(self.queries), -np.inf, np.float32)
+        first = np.cumsum(counts) - counts
+        for part in blocks(len(many), int(counts.max())):
+            some = many[part]
+            taken = counts[some]
+            within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+            at = order[np.repeat(first[some], taken) + within]
+            table = np.full((len(some), int(taken.max())), -np.inf, np.float32)
+            table[np.repeat(np.arange(len(some)), taken), within] = products[at]
+            kth = np.partition(table, table.shape[1] - self.k, axis=1)[:, -self.k]
+            least[some] = kth - np.float32(self.error + spread / 2)
+        kept = products >= np.nextafter(least, np.float32(-np.inf))[query]
+        return query[kept], row[kept]
 
     def _keep(self, query: np.ndarray, sq_dists: np.ndarray, image_ids: np.ndarray) -> None:
         """Keep new neighbors; query int64 [p] ascending."""
@@ -164,10 +206,11 @@ class Nearest:
         """Return the k nearest of every query, ascending by (sq_dist, image_id)."""
         self._compress(np.flatnonzero(self.count > self.k))
         sq_dists, image_ids = self.sq_dists[:, : self.k], self.image_ids[:, : self.k]
-        order = np.lexsort((image_ids, sq_dists), axis=1)
-        return Neighbors(
-            np.take_along_axis(sq_dists, order, axis=1), np.take_along_axis(image_ids, order, axis=1)
-        )
+        order = np.argsort(sq_dists, axis=1)
+        nearest = np.take_along_axis(sq_dists, order, axis=1)
+        tied = np.flatnonzero((nearest[:, 1:] == nearest[:, :-1]).any(axis=1))
+        order[tied] = np.lexsort((image_ids[tied], sq_dists[tied]), axis=1)
+        return Neighbors(nearest, np.take_along_axis(image_ids, order, axis=1))
 
 
 def _lower_bound_of_kth_largest(products: np.ndarray, k: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from selective_ray import ivf
 from selective_ray.errors import UserError
-from selective_ray.neighbors import neighbors
+from selective_ray.neighbors import Nearest, neighbors
 
 
 def scattered(n, d=12, blobs=9, seed=0):
@@ -17,7 +17,19 @@ def scattered(n, d=12, blobs=9, seed=0):
     return unit(rng.normal(size=(blobs, d))[rng.integers(0, blobs, n)] + 0.4 * rng.normal(size=(n, d)))
 
 
-def joined(x, centroids, reach, *, k=6, group_rows=40, image_ids=None, parts=1, collapse=False, probes=None):
+def joined(
+    x,
+    centroids,
+    reach,
+    *,
+    k=6,
+    group_rows=40,
+    image_ids=None,
+    parts=1,
+    collapse=False,
+    probes=None,
+    kernel=Nearest,
+):
     """Join all groups in this process, the rows split among some holders; returns Neighbors and cells."""
     image_ids = np.arange(len(x)) if image_ids is None else image_ids
     assigned = [
@@ -49,7 +61,7 @@ def joined(x, centroids, reach, *, k=6, group_rows=40, image_ids=None, parts=1, 
     blocks = [ivf.gather([part[group] for part in slices], collapse) for group in range(cells.groups)]
     sq_dists, ids = np.empty((len(x), k)), np.empty((len(x), k), np.int64)
     for group, block in enumerate(blocks):
-        found, _ = ivf.join(block, lambda groups: (blocks[g] for g in groups), cells, group, k)
+        found, _ = ivf.join(block, lambda groups: (blocks[g] for g in groups), cells, group, k, kernel)
         row = np.searchsorted(image_ids, block.image_ids)
         sq_dists[row], ids[row] = found.sq_dists, found.image_ids
     return sq_dists, ids, cells, blocks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,6 +20,7 @@ import ray
 from selective_ray import density, ivf, objects
 from selective_ray.actors.session import peak_memory
 from selective_ray.errors import UserError
+from selective_ray.neighbors import Nearest
 from selective_ray.schema import DENSITY, neighbors_schema, sq_dist_column
 from selective_ray.store import Run
 
@@ -90,10 +91,10 @@ class RowsByList:
         if run.exists("density", WORK, name):
             with np.load(io.BytesIO(run.read_bytes("density", WORK, name)), allow_pickle=False) as there:
                 return ivf.Assignment(there["lists"], there["counts"], there["probes"]), there["wanted"]
-        centroids = ray.get(how.centroids)
-        assigned = ivf.assign(x, centroids, reach=how.reach, probes=how.probes)
+        centroids, propose = ray.get(how.centroids), self.holder.propose
+        assigned = ivf.assign(x, centroids, reach=how.reach, probes=how.probes, propose=propose)
         if how.before is not None:
-            wanted = assigned.counts > ivf.assign(x, centroids, reach=how.before).counts
+            wanted = assigned.counts > ivf.assign(x, centroids, reach=how.before, propose=propose).counts
         buffer = io.BytesIO()
         np.savez(buffer, lists=assigned.lists, counts=assigned.counts, probes=assigned.probes, wanted=wanted)
         run.write_bytes(buffer.getvalue(), "density", WORK, name)
@@ -170,7 +171,13 @@ def read_joined(run: Run, how: Joining, group: int) -> Joined | None:
 
 
 def join_group(
-    run: Run, how: Joining, cells: ivf.Cells, group: int, blocks: list[ray.ObjectRef], sampled: np.ndarray
+    run: Run,
+    how: Joining,
+    cells: ivf.Cells,
+    group: int,
+    blocks: list[ray.ObjectRef],
+    sampled: np.ndarray,
+    kernel: Callable[..., Nearest] = Nearest,
 ) -> Joined:
     """Find the neighbors of the rows of a group; leave one density a row, and its neighbors if kept."""
     if there := read_joined(run, how, group):
@@ -184,7 +191,7 @@ def join_group(
             ray.wait([blocks[group] for group in groups[i : i + 2]], timeout=0, fetch_local=True)
             yield ray.get(blocks[wanted])
 
-    found, products = ivf.join(block, fetch, cells, group, how.needed)
+    found, products = ivf.join(block, fetch, cells, group, how.needed, kernel)
     if np.isinf(found.sq_dists).any():
         least = int(np.isfinite(found.sq_dists).sum(axis=1).min()) - (not how.include_self)
         raise density.too_few_distinct(how.k, least)

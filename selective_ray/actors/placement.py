@@ -49,14 +49,8 @@ def place(resources: Resources) -> Placement:
     logical CPU each, and whichever is behind gets the time.
     """
     there = ray.cluster_resources().get("CPU", 0.0)
-    per_worker = resources.gpus_per_worker
-    if per_worker is None:
-        per_worker = 1.0 if gpus() else 0.0
+    per_worker = gpus_each(resources)
     if per_worker > 0:
-        if gpus() < per_worker:
-            raise UserError(
-                f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
-            )
         encoders_ = resources.workers or max(1, int(gpus() / per_worker))
         shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
         return Placement(encoders_, *shares, per_worker, "cuda", *_memory(resources, encoders_), there)
@@ -64,6 +58,18 @@ def place(resources: Resources) -> Placement:
     # At least one decoder must find room beside all encoders.
     share = min(0.5, cpus() / (encoders_ + 1))
     return Placement(encoders_, share, share, 0.0, "cpu", *_memory(resources, encoders_), there)
+
+
+def gpus_each(resources: Resources) -> float:
+    """GPUs that a worker takes: one where the cluster has any, unless another number was asked for."""
+    per_worker = resources.gpus_per_worker
+    if per_worker is None:
+        return 1.0 if gpus() else 0.0
+    if gpus() < per_worker:
+        raise UserError(
+            f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
+        )
+    return per_worker
 
 
 def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:

@@ -27,10 +27,12 @@ from selective_ray.actors.joining import (
     neighbors_table,
     read_groups,
 )
-from selective_ray.actors.session import Session, cpus, peak_memory, unwrapped
+from selective_ray.actors.placement import gpus_each
+from selective_ray.actors.session import Session, cpus, gpus, peak_memory, unwrapped
+from selective_ray.config import Resources
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
-from selective_ray.neighbors import neighbors
+from selective_ray.neighbors import Nearest
 from selective_ray.schema import CLUSTERS, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates, Repulsion
 from selective_ray.store import Run, Shard
@@ -56,6 +58,16 @@ class Judging:
     repulsion: Repulsion
 
 
+def _kernels() -> tuple[Callable[..., Nearest], Callable[..., Iterator[tuple]]]:
+    """How neighbors and lists are found: in torch where this process has a GPU."""
+    if not ray.get_gpu_ids():
+        return Nearest, ivf.propose
+    # An import of seconds, for those who have a GPU.
+    from selective_ray import neighbors_torch
+
+    return neighbors_torch.NearestOnDevice, neighbors_torch.propose
+
+
 # What others need goes out beside the work, so that two holders never wait for each other.
 @ray.remote(num_cpus=1, max_restarts=RESTARTS, max_task_retries=RESTARTS, concurrency_groups={"move": 1})
 class ShardHolder:
@@ -70,6 +82,7 @@ class ShardHolder:
             shard: slice(end - count, end) for shard, count, end in zip(shards, rows, ends, strict=True)
         }
         self.count = ends[-1]
+        self.nearest, self.propose = _kernels()
         self.loading = threading.Lock()
         self.held: tuple[np.ndarray, np.ndarray] | None = None
         self.by_list: RowsByList | None = None
@@ -123,14 +136,16 @@ class ShardHolder:
 
     def neighbors_here(self, queries: np.ndarray, needed: int) -> Neighbors:
         """Find the nearest rows of some queries among the rows held here."""
-        return neighbors(queries, [(self.image_ids, self.x)], needed)
+        nearest = self.nearest(queries, needed)
+        nearest.offer(self.image_ids, self.x)
+        return nearest.found()
 
     def lists_of(self, image_ids: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the lists of the images held here: places in image_ids, and lists."""
         row = np.searchsorted(self.image_ids, image_ids)
         place = np.flatnonzero(row < len(self.image_ids))
         place = place[self.image_ids[row[place]] == image_ids[place]]
-        return place, ivf.assign(self.x[row[place]], centroids).lists
+        return place, ivf.assign(self.x[row[place]], centroids, propose=self.propose).lists
 
     def _density(self, how: Joining) -> RowsByList:
         if self.by_list is None or self.by_list.how != how:
@@ -160,7 +175,7 @@ class ShardHolder:
         self, how: Joining, cells: ivf.Cells, group: int, blocks: list[ray.ObjectRef], sampled: np.ndarray
     ) -> Joined:
         """Find the neighbors of the rows of a group and write their densities."""
-        return join_group(self.run, how, cells, group, blocks, sampled)
+        return join_group(self.run, how, cells, group, blocks, sampled, self.nearest)
 
     def write_density(self, how: Joining, groups: int, n: int) -> tuple[list[Shard], list[Shard], int]:
         """Write the densities of the shards held here; also their neighbors, if kept, and peak memory."""
@@ -257,8 +272,8 @@ class ShardHolder:
 class Pool:
     """The actors that together hold all shards of a run's embeddings; started when first needed."""
 
-    def __init__(self, run: Run, workers: int | None, session: Session) -> None:
-        self.run, self.workers, self.session = run, workers, session
+    def __init__(self, run: Run, resources: Resources, session: Session) -> None:
+        self.run, self.resources, self.session = run, resources, session
         self.actors: list[Any] = []
         self.held: list[list[int]] = []
         # CPUs that each takes, and that the cluster had when they were started.
@@ -277,16 +292,17 @@ class Pool:
         embeddings = self.run.manifest("embeddings")
         assert embeddings is not None
         rows = [shard.rows for shard in embeddings.shards]
-        count = min(self.workers or cpus(), len(rows))
+        each = gpus_each(self.resources)
+        count = min(self.resources.workers or (int(gpus() / each) if each else cpus()), len(rows))
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
         memory = max(self.stated(sum(rows[shard] for shard in held)) for held in self.held)
         self._check_room(count, memory)
-        # As many actors as CPUs, of one thread each: products are independent of each other.
+        # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.
         self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
         self.actors = [
-            ShardHolder.options(num_cpus=self.share, memory=memory).remote(
+            ShardHolder.options(num_cpus=self.share, num_gpus=each, memory=memory).remote(
                 *(self.run, held, [rows[shard] for shard in held], ends[held[0]], ends[-1], dtype)
             )
             for held in self.held
