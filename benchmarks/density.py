@@ -5,6 +5,7 @@
     python benchmarks/density.py growth mixture 100000 300000 1000000 3000000
     python benchmarks/density.py growth mixture 10000000 --half
     python benchmarks/density.py exact embeddings.npy --k 400
+    python benchmarks/density.py plan 512 50000000 1000000000
 
 mixture: 3,000 blobs of equal size, noise 0.9 in every direction. overlapping: 300 blobs of 16 dimensions
 each, sizes by Zipf's law, closer to embeddings of images. d = 128, k = 20. FAISS's lists and probes are those
@@ -20,12 +21,13 @@ import multiprocessing
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
 import numpy as np
 
-from selective_ray import config
+from selective_ray import config, ivf
 from selective_ray.actors import pipeline
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
@@ -75,22 +77,26 @@ def product_rate() -> float:
 
 def stage(file: Path, **options) -> dict:
     """Run the whole stage in a process and a Ray of its own, so that its peak memory is its own."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        alone(advance, file, folder, "embeddings", **options)
+        return alone(advance, file, folder, "density", **options)
+
+
+def alone(function, *arguments, **options):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-        return child.submit(run_stage, file, **options).result()
+        return child.submit(function, *arguments, **options).result()
 
 
-def run_stage(file: Path, *, k: int = K, half: bool = False, **options) -> dict:
-    """Run the stage here; returns its figures, and its seconds with Ray's start."""
+def advance(file: Path, folder: str, upto: str, *, k: int = K, half: bool = False, **options) -> dict:
+    """Bring a run as far as a table here; returns its figures, and its seconds with Ray's start."""
     options = {"density.k": k, **{key.replace("__", "."): value for key, value in options.items()}}
     options |= {"embed.dtype": "float16"} if half else {}
     settings, asked = config.load(options=options, own_embeddings=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        run, source = Run(folder + "/run"), pipeline.Source(embeddings=str(file))
-        pipeline.advance(run, source, settings, asked, Reporter(quiet=True), upto="embeddings")
-        start = time.perf_counter()
-        pipeline.advance(run, source, settings, asked, Reporter(quiet=True), upto="density")
-        seconds = time.perf_counter() - start
-        manifest = run.manifest("density")
+    run, source = Run(folder + "/run"), pipeline.Source(embeddings=str(file))
+    start = time.perf_counter()
+    pipeline.advance(run, source, settings, asked, Reporter(quiet=True), upto=upto)
+    seconds = time.perf_counter() - start
+    manifest = run.manifest(upto)
     peaks = {name: round(value / 2**20) for name, value in manifest.peak_memory_bytes.items()}
     return {
         "seconds": round(seconds, 1),
@@ -163,6 +169,25 @@ def growth(arguments: argparse.Namespace, folder: Path) -> None:
         print(f"seconds grow as n^{slope:.2f}")
 
 
+def plan(arguments: argparse.Namespace, folder: Path) -> None:
+    """What a plan says of sizes that no run here reaches; float32, GPUs and networks as told."""
+    d = int(arguments.kind)
+    print(
+        "rows, workers, lists, groups, GB a worker, TB fetched at most, minutes: products, fetching all, once"
+    )
+    for n in arguments.rows:
+        for workers in arguments.workers:
+            made = replace(ivf.plan(n, d, K), workers=workers)
+            fetched, moved = made.fetched_bytes(4), made.moved_bytes(4)
+            seconds = made.products / (workers * arguments.rate)
+            wires = workers * arguments.network
+            print(
+                f"{n:,} {workers} {made.lists:,} {made.groups:,} "
+                f"{made.holder_bytes(-(-n // workers), workers) / 1e9:.1f} {fetched / 1e12:.1f} "
+                f"{seconds / 60:.1f} {fetched / wires / 60:.1f} {moved * (1 + workers) / wires / 60:.1f}"
+            )
+
+
 def exact(arguments: argparse.Namespace, folder: Path) -> None:
     x = np.load(arguments.kind).astype(np.float32)
     np.save(folder / "x.npy", x)
@@ -182,11 +207,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("peers", "growth", "exact"))
-    parser.add_argument("kind", help="mixture, overlapping, or a .npy file")
+    parser.add_argument("what", choices=("peers", "growth", "exact", "plan"))
+    parser.add_argument("kind", help="mixture, overlapping, a .npy file, or for a plan d")
     parser.add_argument("rows", type=int, nargs="*")
     parser.add_argument("--half", action="store_true", help="embeddings as float16")
     parser.add_argument("--k", type=int, default=K)
+    parser.add_argument("--workers", type=int, nargs="*", default=[8, 64], help="of a plan")
+    parser.add_argument("--rate", type=float, default=3e10, help="products a second of a worker")
+    parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second of a worker")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        {"peers": peers, "growth": growth, "exact": exact}[arguments.what](arguments, Path(place))
+        modes = {"peers": peers, "growth": growth, "exact": exact, "plan": plan}
+        modes[arguments.what](arguments, Path(place))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import faiss
 import numpy as np
@@ -36,9 +36,15 @@ TRAINING_ITERATIONS = 10
 SAMPLE = 600
 # Of the misses that are allowed, so many are planned for; the others are the sample's own error.
 PLANNED_MISSES = 0.75
-# Rows of a group, the unit of work and of recovery; lists that are larger are split.
-GROUP_ROWS = (256, 65_536)
+# Groups, the unit of work and of recovery: so many, and so many for each worker. Each is compared with most
+# of the others, so they are as large as memory allows; lists that are larger are split.
 GROUPS = 32
+GROUPS_PER_WORKER = 4
+LEAST_GROUP_ROWS = 256
+GROUP_BYTES = 2**33
+# Rows that a row is compared with by lists, on data whose neighborhoods overlap: so many times n^0.27, and so
+# many for each neighbor. Measured (benchmarks/README.md); only plans are made by it.
+COMPARED, COMPARED_PER_NEIGHBOR = 400, 50
 # Lists that a row is taken to probe where memory is stated beforehand.
 PROBES_STATED = 32
 # A squared distance between unit vectors is at most this: with it every list is probed.
@@ -47,16 +53,23 @@ WHOLE_SPHERE = 4.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How the neighbors of n rows are searched; depends on what is asked, not on who does the work.
+    """How the neighbors of n rows are searched.
 
-    needed is the number of nearest rows, themselves among them; lists is 0 in exact mode.
+    needed is the number of nearest rows, themselves among them; lists is 0 in exact mode. Only the size of
+    groups looks at who does the work, and it does not change what is found.
     """
 
     n: int
     d: int
     needed: int
     lists: int
-    group_rows: int
+    workers: int = 1
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a group at most."""
+        each = -(-self.n // max(GROUPS, GROUPS_PER_WORKER * self.workers))
+        return min(max(each, LEAST_GROUP_ROWS), max(GROUP_BYTES // (4 * self.d), LEAST_GROUP_ROWS))
 
     @property
     def exact(self) -> bool:
@@ -68,19 +81,44 @@ class Plan:
         """Rows that the centroids are trained on."""
         return min(self.n, TRAINING_ROWS * self.lists)
 
-    def holder_bytes(self, rows: int) -> int:
-        """Bytes that a process takes which holds so many rows and joins the groups that it owns.
+    def holder_bytes(self, rows: int, workers: int) -> int:
+        """Bytes that one of so many processes takes which holds so many rows and joins groups of others.
 
         Its rows and their lists; a group with its k nearest so far, and one of the groups it is joined with;
         the training rows; and a quarter of a GB for the libraries.
         """
         held = rows * (4 * self.d + 8 + 4 * PROBES_STATED)
-        group = self.group_rows * (2 * 4 * self.d + 16 * 2 * self.needed)
+        group = replace(self, workers=workers).group_rows * (2 * 4 * self.d + 16 * 2 * self.needed)
         return held + 2 * group + self.training_rows * 2 * 4 * self.d + 2**28
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are about."""
+        return -(-self.n // self.group_rows)
+
+    @property
+    def compared(self) -> float:
+        """Rows that each row is compared with, about."""
+        if self.exact:
+            return float(self.n)
+        return min(self.n, max(COMPARED * self.n**0.27, COMPARED_PER_NEIGHBOR * self.needed))
+
+    @property
+    def products(self) -> float:
+        """Products of d numbers in all, about: with centroids, with samples, with rows of lists."""
+        return self.n * (self.compared + (0 if self.exact else self.lists + 2 * self.sample))
 
     def moved_bytes(self, itemsize: int) -> int:
         """Bytes of all groups, as they lie in Ray's object store: the rows, and what they probe."""
         return self.n * (itemsize * self.d + 24 + (0 if self.exact else 8 * PROBES_STATED))
+
+    def fetched_bytes(self, itemsize: int) -> int:
+        """Bytes that cross the network at most: to the owners of groups, and from group to group.
+
+        Each group is compared with rows of almost every other, and fetches it; a machine whose object store
+        holds them all fetches each once.
+        """
+        return self.moved_bytes(itemsize) * (1 + self.groups)
 
     @property
     def sample(self) -> int:
@@ -93,21 +131,19 @@ def plan(
 ) -> Plan:
     """Choose exact search or lists, and how many.
 
-    Brute force computes n products a row. With lists a row costs a product with every centroid, one with
-    every row of the sample, and the rows of the lists it probes, about a 25th of all or 50 for each neighbor;
-    what does not depend on n (training, starting) is worth about 60,000 products. A recall of 1 is exact.
-    Raises UserError where lists are asked for and there are fewer rows than lists.
+    Brute force computes n products a row, with lists `Plan.products` tells; what does not depend on n
+    (training, starting) is worth about 60,000 products a row. A recall of 1 is exact. Raises UserError where
+    lists are asked for and there are fewer rows than lists.
     """
     chosen = lists or 2 ** round(math.log2(max(2.0, LISTS_PER_ROOT * math.sqrt(n))))
-    probed = max(n / 25, 50 * needed, 3000)
-    cheaper = n <= 1.5 * (chosen + 2 * SAMPLE + probed) + 60_000
+    cheaper = n * n <= 1.5 * Plan(n, d, needed, chosen).products + 60_000 * n
     if mode == "exact" or recall >= 1 or (mode == "auto" and cheaper and not lists):
         chosen = 0
     elif chosen > n:
         raise UserError(
             f"density.lists = {chosen} exceeds the {n} embeddings; set it to {n} or fewer, or leave it out"
         )
-    return Plan(n, d, needed, chosen, min(max(-(-n // GROUPS), GROUP_ROWS[0]), GROUP_ROWS[1]))
+    return Plan(n, d, needed, chosen)
 
 
 def draw(plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -171,7 +171,7 @@ def test_collapse_that_leaves_too_few(two_cpus, tmp_path):
 
 
 def test_memory_that_is_not_there_is_said_before_the_work(two_cpus, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(ivf.Plan, "holder_bytes", lambda self, rows: 10**15)
+    monkeypatch.setattr(ivf.Plan, "holder_bytes", lambda self, rows, workers: 10**15)
     with pytest.raises(UserError, match=r"2 workers .* take 1000000\.0 GB each, .* has room for 0"):
         measured(tmp_path / "run", file, **{"resources.shard_rows": 500})
 

@@ -10,6 +10,7 @@ list is a run of rows, and every row probes all.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from selective_ray.schema import Neighbors
 from selective_ray.store import Manifest, Run, Stopwatch
 
 QUANTIZER = "quantizer.npz"
+# How many workers the groups were made for, so that other workers go on with the same groups.
+WORKERS = "workers.json"
 # Joins that each holder has before it, so that it need not wait for the driver.
 AHEAD = 2
 # Share of the rows that is on its way to the owners of their groups at the same time.
@@ -122,7 +125,7 @@ class _Stage:
             *(k, settings.include_self, settings.estimator, settings.floor),
             collapse=settings.duplicates == "collapse",
             keep_neighbors=settings.keep_neighbors,
-            list_rows=plan.group_rows,
+            list_rows=0,
             centroids=None,
             reach=0.0,
             probes=settings.probes,
@@ -138,6 +141,8 @@ class _Stage:
         """Search, certify, search further where that does not suffice, and write."""
         self._begin("starting")
         self.pool.start(self.plan.holder_bytes)
+        self.plan = replace(self.plan, workers=self._workers())
+        self.how = replace(self.how, list_rows=self.plan.group_rows)
         summary: dict[str, Any] = {"k": self.how.k, "neighbors": "exact"}
         if self.plan.exact:
             cells, _ = self._search(np.empty(0, np.int64))
@@ -158,6 +163,14 @@ class _Stage:
         finished = self.run.finish("density", written, **done, summary=summary)
         self.run.delete_folder("density", WORK)
         return finished
+
+    def _workers(self) -> int:
+        """Return the number of workers that the groups are made for: those of the first attempt."""
+        if self.run.exists("density", WORK, WORKERS):
+            return int(json.loads(self.run.read_bytes("density", WORK, WORKERS)))
+        workers = len(self.pool.actors)
+        self.run.write_bytes(json.dumps(workers).encode(), "density", WORK, WORKERS)
+        return workers
 
     def _begin(self, phase: str) -> None:
         """Say what is done now, and count the seconds of what was done before."""

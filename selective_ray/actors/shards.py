@@ -278,12 +278,13 @@ class Pool:
         self.held: list[list[int]] = []
         # CPUs that each takes, and that the cluster had when they were started.
         self.share, self.room = 1.0, 0.0
-        self.stated: Callable[[int], int] = self._rows_alone
+        self.stated: Callable[[int, int], int] = self._rows_alone
 
-    def start(self, stated: Callable[[int], int] | None = None) -> None:
+    def start(self, stated: Callable[[int, int], int] | None = None) -> None:
         """Start the actors unless they run; each holds a contiguous share of the shards.
 
-        stated gives the bytes that an actor of so many rows takes. Raises UserError where they are not there.
+        stated gives the bytes that an actor of so many rows takes, one of so many actors. Raises UserError
+        where they are not there.
         """
         if self.actors:
             return
@@ -297,7 +298,7 @@ class Pool:
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
-        memory = max(self.stated(sum(rows[shard] for shard in held)) for held in self.held)
+        memory = max(self.stated(sum(rows[shard] for shard in held), count) for held in self.held)
         self._check_room(count, memory)
         # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.
         self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
@@ -308,7 +309,7 @@ class Pool:
             for held in self.held
         ]
 
-    def _rows_alone(self, rows: int) -> int:
+    def _rows_alone(self, rows: int, _: int) -> int:
         return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 64) + 2**28
 
     def _check_room(self, count: int, memory: int) -> None:
