@@ -16,7 +16,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from selective_ray import density, kmeans, selection
+from selective_ray import density, kmeans, neighbors, selection
 from selective_ray.selection import Candidates, PickedVectors, Repulsion
 from selective_ray.store import Run
 
@@ -66,7 +66,7 @@ def main() -> None:
         x, labels = load(uri, options.rows)
         n = len(x)
         ids = np.arange(n)
-        sq_dists = density.sq_dists_of(density.neighbors(x, [(ids, x)], 20), k=20, estimator="mean")
+        sq_dists = density.sq_dists_of(neighbors.neighbors(x, [(ids, x)], 20), k=20, estimator="mean")
         densities = density.relative(sq_dists, unit=float(np.median(sq_dists)), floor=1e-6)
         for m in options.budgets:
             print(f"{Path(uri).name}, {n} images, budget {m}")
