@@ -4,7 +4,7 @@
     python benchmarks/density.py peers overlapping 1000000
     python benchmarks/density.py growth mixture 100000 300000 1000000 3000000
     python benchmarks/density.py growth mixture 10000000 --half
-    python benchmarks/density.py exact embeddings.npy --k 400
+    python benchmarks/density.py exact embeddings.npy --k 400    # beside FAISS's brute force; or --mode ivf
     python benchmarks/density.py plan 512 50000000 1000000000
 
 mixture: 3,000 blobs of equal size, noise 0.9 in every direction. overlapping: 300 blobs of 16 dimensions
@@ -192,7 +192,7 @@ def exact(arguments: argparse.Namespace, folder: Path) -> None:
     x = np.load(arguments.kind).astype(np.float32)
     np.save(folder / "x.npy", x)
     faiss.omp_set_num_threads(THREADS)
-    ours = stage(folder / "x.npy", k=arguments.k, density__mode="exact")
+    ours = stage(folder / "x.npy", k=arguments.k, density__mode=arguments.mode)
     start = time.perf_counter()
     faiss.knn(x, x, arguments.k)
     peer = time.perf_counter() - start
@@ -212,6 +212,7 @@ if __name__ == "__main__":
     parser.add_argument("rows", type=int, nargs="*")
     parser.add_argument("--half", action="store_true", help="embeddings as float16")
     parser.add_argument("--k", type=int, default=K)
+    parser.add_argument("--mode", default="exact", help="that of the stage, beside FAISS's brute force")
     parser.add_argument("--workers", type=int, nargs="*", default=[8, 64], help="of a plan")
     parser.add_argument("--rate", type=float, default=3e10, help="products a second of a worker")
     parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second of a worker")

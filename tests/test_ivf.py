@@ -1,5 +1,7 @@
 """Inverted lists: partition, probes, groups and join against brute force; the certificate by hand."""
 
+import dataclasses
+
 import numpy as np
 import oracle
 import pytest
@@ -245,6 +247,28 @@ def test_plan_chooses_brute_force_for_few_rows_many_neighbors_and_full_recall():
     assert not ivf.plan(1000, 8, 20, mode="ivf").exact
     with pytest.raises(UserError, match=r"density\.lists = 30 exceeds the 20 embeddings"):
         ivf.plan(20, 8, 5, lists=30)
+
+
+def test_groups_are_a_share_of_the_rows_as_large_as_memory_allows():
+    plan = ivf.plan(10**6, 128, 20)
+    assert (plan.group_rows, plan.groups) == (31_250, 32)
+    assert dataclasses.replace(plan, workers=64).groups == 256
+    assert ivf.plan(1000, 8, 5, mode="ivf").group_rows == ivf.LEAST_GROUP_ROWS
+    assert ivf.plan(10**9, 512, 20).group_rows * 512 * 4 == ivf.GROUP_BYTES
+
+
+def test_plan_states_what_is_held_moved_and_compared():
+    """By hand: 1,000 rows of 4 numbers by 10 lists, 5 neighbors, two workers."""
+    plan = dataclasses.replace(ivf.plan(1000, 4, 5, mode="ivf", lists=10), workers=2)
+    assert plan.moved_bytes(2) == 1000 * (2 * 4 + 24 + 8 * ivf.PROBES_STATED)
+    assert plan.fetched_bytes(2) == plan.moved_bytes(2) * (1 + plan.groups)
+    held, group = 500 * (16 + 8 + 4 * ivf.PROBES_STATED), 256 * (2 * 16 + 16 * 2 * 5)
+    assert plan.holder_bytes(500, 2) == held + 2 * group + 320 * 2 * 16 + 2**28
+    assert plan.compared == 1000, "few rows: all of them"
+    assert plan.products == 1000 * (1000 + 10 + 2 * plan.sample)
+    exact = ivf.plan(1000, 4, 5)
+    assert exact.exact
+    assert exact.products == 1000 * 1000
 
 
 def test_draw_is_seeded_and_takes_each_row_once():
