@@ -372,6 +372,92 @@ def status(
             print(f"{table:<11} {state['state']:<10} {rest}".rstrip())  # noqa: T201
 
 
+@app.command("export")
+def write_export(
+    run: RunUri,
+    kind: Annotated[
+        str, typer.Option("--format", help="csv, jsonl, label-studio or cvat.", show_default=True)
+    ] = "csv",
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder for the files (default: export/ in the run).")
+    ] = None,
+    copies: Annotated[
+        str | None,
+        typer.Option(
+            "--copies", help="Copy the picks to this folder for the tool, as it cannot look into archives."
+        ),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the picks as files for people and labeling tools."""
+    with _sentences(debug, as_json):
+        from selective_ray import annotation
+        from selective_ray.export import FORMATS
+
+        if kind not in FORMATS:
+            raise UsageError(f"--format {kind!r} is none; give one of {', '.join(FORMATS)}")
+        if copies and kind in ("csv", "jsonl"):
+            raise UsageError(f"--copies goes with label-studio and cvat; {kind} names images as the run does")
+        where = _existing(run, endpoint_url)
+        folder, files = annotation.write_picks(where, kind, out, copies, Reporter(quiet=as_json))
+        if as_json:
+            listed = [{"file": f"{folder}/{f.name}", "picks": f.picks, "root": f.root} for f in files]
+            print(json.dumps({"run": where.uri, "format": kind, "files": listed}))  # noqa: T201
+            return
+        for file in files:
+            root = f" of {file.root}" if file.root else ""
+            print(f"{folder}/{file.name}  {file.picks:,} picks{root}")  # noqa: T201
+
+
+@app.command("labels")
+def bring_labels(
+    run: RunUri,
+    file: Annotated[
+        str, typer.Argument(help="CSV, JSONL, an export of Label Studio (JSON, JSON-MIN) or CVAT (XML, ZIP).")
+    ],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where an image is labeled already, let this file count.")
+    ] = False,
+    endpoint_url: EndpointUrl = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring the labels that people gave into the run."""
+    with _sentences(debug, as_json):
+        from selective_ray import annotation
+
+        reporter = Reporter(quiet=as_json)
+        where = _existing(run, endpoint_url)
+        found = annotation.bring_labels(where, file, replace=replace, reporter=reporter)
+        if as_json:
+            print(json.dumps({**found, "warnings": reporter.warnings}))  # noqa: T201
+            return
+        for line in _label_lines(found):
+            print(line)  # noqa: T201
+
+
+def _label_lines(found: dict[str, Any], most: int = 20) -> Iterator[str]:
+    brought = found["in_file"]
+    yield (
+        f"file       {found['format']}: {brought['images']:,} images, {brought['labels']:,} labeled, "
+        f"{brought['skipped']:,} skipped"
+    )
+    yield (
+        f"run        {found['labels']:,} labeled, {found['skipped']:,} skipped, "
+        f"{found['unlabeled_picks']:,} of {found['picks']:,} picks left; "
+        f"{found['outside_selection']:,} labels outside the selection"
+        + ("" if found["changed"] else "; nothing changed")
+    )
+    classes = sorted(found["classes"].items(), key=lambda item: (-item[1], item[0]))
+    yield f"classes    {len(classes):,}"
+    for name, count in classes[:most]:
+        yield f"  {count:>7,}  {name}"
+    if len(classes) > most:
+        yield f"  and {len(classes) - most:,} smaller ones; --json lists them all"
+
+
 def _existing(run: str, endpoint_url: str | None) -> Run:
     where = Run(run, Access(endpoint_url))
     if not any(where.exists(table, name) for table in TABLES for name in ("manifest.json", BEGUN)):
