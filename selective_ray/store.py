@@ -218,6 +218,10 @@ class Run:
         path = home.path(table, shard_name(index))
         try:
             with objects.open_seekable(path, home.access) as file:
+                if table != "embeddings":
+                    # Threads gain nothing on small tables, and one of Arrow's that lets go of the file while
+                    # the process ends aborts it.
+                    return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
                 return pq.read_table(file, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
