@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selective_ray import export, images, labels, objects, reading
-from selective_ray.errors import UserError
+from selective_ray import answers, export, images, labels, objects, reading
+from selective_ray.answers import Answer
+from selective_ray.errors import UserError, named
 from selective_ray.export import File, Pick
 from selective_ray.images import Rejected
-from selective_ray.labels import Answer, Labels, named
+from selective_ray.labels import Labels
 from selective_ray.lease import Lease
 from selective_ray.objects import Access, Request
 from selective_ray.progress import Reporter
@@ -228,12 +229,12 @@ def bring_labels(run: Run, file: str, *, replace: bool, reporter: Reporter) -> d
         raise UserError(
             f"{run.uri} has no finished listing of images; run `selective-ray select` on it first"
         )
-    kind, answers = labels.parse(_bytes(file, run.access), file)
-    if not answers:
+    kind, found = answers.parse(_bytes(file, run.access), file)
+    if not found:
         raise UserError(f"{file} names no images; export the labels again")
     selection = _selection(run)
-    image_ids = _identified(run, answers, selection, file)
-    brought = labels.gather(image_ids, answers, file)
+    image_ids = _identified(run, found, selection, file)
+    brought = labels.gather(image_ids, found, file)
     if not brought.labels and not brought.skipped:
         raise UserError(
             f"{file} ({kind}) names {len(set(image_ids)):,} images and labels none of them; label some, and "
@@ -270,8 +271,8 @@ def bring_labels(run: Run, file: str, *, replace: bool, reporter: Reporter) -> d
 def _bytes(file: str, access: Access) -> bytes:
     try:
         size, _ = objects.version(file, access)
-        if size > labels.MAX_BYTES:
-            raise UserError(f"{file} is larger than {labels.MAX_BYTES >> 20} MiB; split it")
+        if size > answers.MAX_BYTES:
+            raise UserError(f"{file} is larger than {answers.MAX_BYTES >> 20} MiB; split it")
         return objects.read(Request(file), access)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no file {file}; check the path") from None
@@ -279,10 +280,10 @@ def _bytes(file: str, access: Access) -> bytes:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); check the path") from None
 
 
-def _identified(run: Run, answers: list[Answer], selection: pa.Table, file: str) -> list[int]:
+def _identified(run: Run, said: list[Answer], selection: pa.Table, file: str) -> list[int]:
     """Return the image id that each answer is about; raises UserError where that is not one image."""
     n, stamp = run.manifest("images").rows, _stamp(run)
-    names = {answer.uri for answer in answers if answer.image_id is None}
+    names = {answer.uri for answer in said if answer.image_id is None}
     ids = {name: image for name in names if (image := _copy_of(name, stamp)) is not None}
     # Where uris were brought, one may be the end of another's.
     listed = "images" in run.manifest("images").what
@@ -301,19 +302,17 @@ def _identified(run: Run, answers: list[Answer], selection: pa.Table, file: str)
             f"{named([uri for _, uri in candidates], ' and of ')}; give uris or image ids"
         )
     ids |= {name: candidates[0][0] for name, candidates in found.items()}
-    image_ids = [
-        ids.get(answer.uri, -1) if answer.image_id is None else answer.image_id for answer in answers
-    ]
+    image_ids = [ids.get(answer.uri, -1) if answer.image_id is None else answer.image_id for answer in said]
     if unknown := [
         f"{answer.where} ({(answer.uri if answer.image_id is None else answer.image_id)!r})"
-        for image, answer in zip(image_ids, answers, strict=True)
+        for image, answer in zip(image_ids, said, strict=True)
         if not 0 <= image < n
     ]:
         raise UserError(
-            f"{file} has {len(unknown):,} of {len(answers):,} lines about images that are not in {run.uri}: "
+            f"{file} has {len(unknown):,} of {len(said):,} lines about images that are not in {run.uri}: "
             f"{named(unknown, ', ')}; give the file of this run, or remove these lines"
         )
-    _check_uris(run, image_ids, answers, selection, file)
+    _check_uris(run, image_ids, said, selection, file)
     return image_ids
 
 
@@ -323,11 +322,9 @@ def _copy_of(name: str, stamp: str) -> int | None:
     return int(copy[2]) if copy and copy[1] == stamp else None
 
 
-def _check_uris(
-    run: Run, image_ids: list[int], answers: list[Answer], selection: pa.Table, file: str
-) -> None:
+def _check_uris(run: Run, image_ids: list[int], said: list[Answer], selection: pa.Table, file: str) -> None:
     """Raise UserError where an answer's image id and uri are not of one image, as from another run."""
-    both = [(i, a) for i, a in zip(image_ids, answers, strict=True) if a.image_id is not None and a.uri]
+    both = [(i, a) for i, a in zip(image_ids, said, strict=True) if a.image_id is not None and a.uri]
     uris = dict(zip(selection["image_id"].to_pylist(), selection["uri"].to_pylist(), strict=True))
     others = np.array(sorted({image for image, _ in both} - uris.keys()), np.int64)
     if len(others):

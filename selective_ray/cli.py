@@ -18,7 +18,7 @@ from selective_ray import __version__, config
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter, one_line
-from selective_ray.store import BEGUN, OPTIONAL, TABLES, Run
+from selective_ray.store import BEGUN, BROUGHT, OPTIONAL, TABLES, Run
 
 # The common base of what typer says of missing, unknown and malformed options; typer exports only this heir.
 _WrongUsage = typer.BadParameter.__base__
@@ -345,10 +345,10 @@ def status(
     with _sentences(debug, as_json):
         where = _existing(run, endpoint_url)
         states = {}
-        for table in TABLES:
+        for table in (*TABLES, *BROUGHT):
             manifest = where.manifest(table)
             shards = where.finished_shards(table)
-            if table in OPTIONAL and not manifest and not where.exists(table, BEGUN):
+            if table in (*OPTIONAL, *BROUGHT) and not manifest and not where.exists(table, BEGUN):
                 continue
             if manifest:
                 states[table] = {

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from selective_ray import objects
-from selective_ray.errors import UserError
-from selective_ray.labels import SKIPPED, named, plain_cell
+from selective_ray.answers import SKIPPED, plain_cell
+from selective_ray.errors import UserError, named
 
 FORMATS = ("csv", "jsonl", "label-studio", "cvat")
 # Label Studio's guide: about 100,000 tasks a project, and files of up to 50 MB.

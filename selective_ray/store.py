@@ -30,14 +30,12 @@ from selective_ray.schema import SCHEMA_VERSION
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
-# The tables in the order in which they are made.
-TABLES = (
-    *("images", "embeddings", "rejected", "duplicates", "density", "neighbors", "clusters", "selection"),
-    *("labels", "skipped"),
-)
-# Brought embeddings have no bytes to compare, neighbors are kept where that is asked for, and labels come
-# from people.
-OPTIONAL = ("duplicates", "neighbors", "labels", "skipped")
+# Each table with the command that makes it.
+TABLES = ("images", "embeddings", "rejected", "duplicates", "density", "neighbors", "clusters", "selection")
+# Brought embeddings have no bytes to compare, and neighbors are kept where that is asked for.
+OPTIONAL = ("duplicates", "neighbors")
+# What people bring.
+BROUGHT = ("labels", "skipped")
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_ray import export, labels
+from selective_ray import answers, export, labels
+from selective_ray.answers import Answer
 from selective_ray.errors import UserError
 from selective_ray.export import Pick
-from selective_ray.labels import Answer, Labels
+from selective_ray.labels import Labels
 
 
 def said(data: bytes | str, name: str = "f") -> list[tuple]:
     """What a file says: image id or uri, and the label, `SKIPPED`, or None."""
-    _, answers = labels.parse(data if isinstance(data, bytes) else data.encode(), name)
+    _, found = answers.parse(data if isinstance(data, bytes) else data.encode(), name)
     return [
-        (a.image_id if a.image_id is not None else a.uri, "SKIPPED" if a.skipped else a.label)
-        for a in answers
+        (a.image_id if a.image_id is not None else a.uri, "SKIPPED" if a.skipped else a.label) for a in found
     ]
 
 
 def refused(data: bytes | str) -> str:
     with pytest.raises(UserError) as error:
-        labels.parse(data if isinstance(data, bytes) else data.encode(), "FILE")
+        answers.parse(data if isinstance(data, bytes) else data.encode(), "FILE")
     assert "FILE" in str(error.value)
     return str(error.value)
 
@@ -41,7 +41,7 @@ def refused(data: bytes | str) -> str:
 def test_csv_as_programs_write_it(mark, encoding, end):
     rows = ["Image_ID,Label,skipped", "3,Kätzchen,", "4.0,,x", "5,,", '"7","two, three",0', ""]
     data = end.join(rows).replace(",", mark).replace(f"two{mark}", "two,").encode(encoding)
-    assert labels.parse(data, "f")[0] == "CSV"
+    assert answers.parse(data, "f")[0] == "CSV"
     assert said(data) == [(3, "Kätzchen"), (4, "SKIPPED"), (5, None), (7, "two, three")]
 
 
@@ -54,9 +54,9 @@ def test_jsonl_and_json():
     ]
     expected = [("s3://b/1", "a"), ("s3://b/2", "7"), ("s3://b/3", None), ("s3://b/4", "SKIPPED")]
     lines = "\n".join(json.dumps(row) for row in rows)
-    assert labels.parse(lines.encode(), "f")[0] == "JSONL" and said(lines) == expected
+    assert answers.parse(lines.encode(), "f")[0] == "JSONL" and said(lines) == expected
     whole = json.dumps(rows, indent=2)
-    assert labels.parse(whole.encode(), "f")[0] == "JSON" and said(whole) == expected
+    assert answers.parse(whole.encode(), "f")[0] == "JSON" and said(whole) == expected
     # A line separator in a string ends no line of JSON.
     assert said('{"uri": "a\u2028b", "label": "c"}\n') == [("a\u2028b", "c")]
 
@@ -102,7 +102,7 @@ def test_label_studio_json():
         task(4, {"image": "s3://b/4.jpg"}),
         task(5, {"image": "s3://b/5.jpg"}, annotation("cat", cancelled=True), annotation("dog")),
     ]
-    kind, _ = labels.parse(json.dumps(tasks).encode(), "f")
+    kind, _ = answers.parse(json.dumps(tasks).encode(), "f")
     assert kind == "Label Studio JSON"
     assert said(json.dumps(tasks)) == [
         (4, "cat"),
@@ -224,7 +224,7 @@ def test_entities_are_not_expanded(tmp_path):
 
 
 def test_a_zip_that_grows_is_not_unpacked(monkeypatch):
-    monkeypatch.setattr(labels, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(answers, "MAX_BYTES", 1 << 16)
     assert "larger" in refused(zipped(annotations_xml=b" " * (1 << 20)))
 
 
@@ -232,10 +232,10 @@ def test_a_zip_that_grows_is_not_unpacked(monkeypatch):
 def test_no_bytes_bring_anything_but_answers_or_a_sentence(data):
     for start in (b"", b"image_id,label\n", b"[", b"{", b"<annotations>", b"PK\x03\x04"):
         try:
-            kind, answers = labels.parse(start + data, "f")
+            kind, found = answers.parse(start + data, "f")
         except UserError:
             continue
-        assert kind and all(isinstance(answer, Answer) for answer in answers)
+        assert kind and all(isinstance(answer, Answer) for answer in found)
 
 
 # Laws
@@ -270,24 +270,24 @@ def test_replacing_lets_the_later_file_count(a, b):
 
 
 def test_two_labels_for_one_image_are_a_contradiction():
-    answers = [
+    several = [
         Answer("line 1", 1, None, "cat"),
         Answer("line 2", 1, None, "cat"),
         Answer("line 3", 2, skipped=True),
     ]
-    assert labels.gather([1, 1, 2], answers, "f") == Labels({1: "cat"}, frozenset({2}))
-    answers.append(Answer("line 4", 1, "s3://b/1", "dog"))
+    assert labels.gather([1, 1, 2], several, "f") == Labels({1: "cat"}, frozenset({2}))
+    several.append(Answer("line 4", 1, "s3://b/1", "dog"))
     with pytest.raises(UserError, match=r"image 1 \('s3://b/1'\) is 'cat' \(line 1\) and 'dog' \(line 4\)"):
-        labels.gather([1, 1, 2, 1], answers, "f")
+        labels.gather([1, 1, 2, 1], several, "f")
     with pytest.raises(ValueError, match="two labels"):
         Labels({1: "a"}, frozenset()).merge(Labels({1: "b"}, frozenset()))
 
 
 @given(st.text())
 def test_cells_are_no_formulas_and_come_back(text):
-    cell = labels.plain_cell(text)
+    cell = answers.plain_cell(text)
     assert cell[:1] not in set("=+-@\t\r\n") or not cell
-    assert labels._plain(cell) == text
+    assert answers._plain(cell) == text
 
 
 @given(st.sets(st.text("abC -", min_size=1, max_size=6), max_size=8))
@@ -452,5 +452,5 @@ def test_csv_is_safe_in_spreadsheets_and_labels_come_back():
     some = [Pick(i, uri, i) for i, uri in enumerate(evil)]
     text = export.csv_file(some).data.decode()
     assert all(row.split(",", 1)[1][0] not in "=+-@\t" for row in text.splitlines()[1:] if row[:1].isdigit())
-    _, answers = labels.parse(text.replace(",,\r\n", ",=cat,\r\n").encode(), "f")
-    assert [(a.image_id, a.uri, a.label) for a in answers] == [(i, uri, "=cat") for i, uri in enumerate(evil)]
+    _, found = answers.parse(text.replace(",,\r\n", ",=cat,\r\n").encode(), "f")
+    assert [(a.image_id, a.uri, a.label) for a in found] == [(i, uri, "=cat") for i, uri in enumerate(evil)]
