@@ -206,10 +206,9 @@ def _extent(pick: Pick, data: bytes) -> tuple[int, int, str]:
 def read_labels(run: Run) -> Labels:
     """Return the labels of a run, and what was skipped; none where there are none yet."""
     found, skipped = (_rows(run, table) for table in ("labels", "skipped"))
-    return Labels(
-        dict(zip(found["image_id"].to_pylist(), found["label"].to_pylist(), strict=True)) if found else {},
-        frozenset(skipped["image_id"].to_pylist() if skipped else ()),
-    )
+    of = dict(zip(found["image_id"].to_pylist(), found["label"].to_pylist(), strict=True)) if found else {}
+    # An import that was cut short between the two has written the labels.
+    return Labels(of, frozenset(skipped["image_id"].to_pylist() if skipped else ()) - of.keys())
 
 
 def _rows(run: Run, table: str) -> pa.Table | None:
@@ -354,16 +353,16 @@ def _numbers(now: Labels, selection: pa.Table) -> dict[str, Any]:
 
 
 def _write(run: Run, now: Labels, summary: dict[str, Any], seconds: float) -> bool:
-    """Write `skipped/`, then `labels/`; returns whether either changed. Equal content has one fingerprint."""
+    """Write `labels/`, then `skipped/`; returns whether either changed. Equal content has one fingerprint."""
     skipped = sorted(now.skipped)
     uris = run.listed(np.array(skipped, np.int64))["uri"]
     image_ids = sorted(now.labels)
     tables = {
-        "skipped": (pa.table({"image_id": skipped, "uri": uris}, SKIPPED), {"skipped": len(skipped)}),
         "labels": (
             pa.table({"image_id": image_ids, "label": [now.labels[i] for i in image_ids]}, LABELS),
             summary,
         ),
+        "skipped": (pa.table({"image_id": skipped, "uri": uris}, SKIPPED), {"skipped": len(skipped)}),
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     changed = []

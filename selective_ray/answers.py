@@ -13,6 +13,7 @@ import json
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _unzip(data: bytes, name: str) -> bytes:
             with archive.open(found[0]) as file:
                 # Sizes that are declared may be wrong: as much is read as is allowed.
                 return file.read(MAX_BYTES + 1)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{name} is a damaged or encrypted ZIP ({error}); export it again") from None
 
 

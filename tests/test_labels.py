@@ -218,9 +218,9 @@ def test_entities_are_not_expanded(tmp_path):
         f'<!ENTITY {chr(98 + i)} "{f"&{chr(97 + i)};" * 10}">' for i in range(12)
     )
     for head in (f"{bomb}]>", f'<!DOCTYPE a [<!ENTITY x SYSTEM "file://{secret}">]>', "<!DOCTYPE a>"):
-        started = time.perf_counter()
+        started = time.process_time()
         assert "document type" in refused(cvat(("&m;.jpg", ["&x;"]), head=head))
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
 
 
 def test_a_zip_that_grows_is_not_unpacked(monkeypatch):
@@ -320,7 +320,7 @@ def test_numbers_and_short_names_are_no_slips():
         ("Airplane", "airplnae"),
         ("air plane", "airplnae"),
     ]
-    started = time.perf_counter()
+    started = time.process_time()
     assert (
         len(
             labels.near_names(
@@ -329,7 +329,7 @@ def test_numbers_and_short_names_are_no_slips():
         )
         == 0
     )
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 # Which image is meant
