@@ -415,7 +415,10 @@ def write_export(
 def bring_labels(
     run: RunUri,
     file: Annotated[
-        str, typer.Argument(help="CSV, JSONL, an export of Label Studio (JSON, JSON-MIN) or CVAT (XML, ZIP).")
+        str,
+        typer.Argument(
+            metavar="FILE", help="CSV, JSONL, an export of Label Studio (JSON, JSON-MIN) or CVAT (XML, ZIP)."
+        ),
     ],
     replace: Annotated[
         bool, typer.Option("--replace", help="Where an image is labeled already, let this file count.")
