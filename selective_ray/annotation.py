@@ -9,8 +9,6 @@ import json
 import os
 import posixpath
 import re
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from selective_ray.export import File, Pick
 from selective_ray.images import Rejected
 from selective_ray.labels import Labels
 from selective_ray.lease import Lease
+from selective_ray.memory import peak_memory
 from selective_ray.objects import Access, Request
 from selective_ray.progress import Reporter
 from selective_ray.schema import LABELS, SKIPPED
@@ -364,7 +363,6 @@ def _write(run: Run, now: Labels, summary: dict[str, Any], seconds: float) -> bo
         ),
         "skipped": (pa.table({"image_id": skipped, "uri": uris}, SKIPPED), {"skipped": len(skipped)}),
     }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     changed = []
     for table, (content, counts) in tables.items():
         text = json.dumps([content[name].to_pylist() for name in content.column_names])
@@ -374,7 +372,7 @@ def _write(run: Run, now: Labels, summary: dict[str, Any], seconds: float) -> bo
             what={table: {"content": hashlib.sha256(text.encode()).hexdigest()[:16]}},
             inputs=run.fingerprints("images"),
             seconds=seconds,
-            peak_memory_bytes={"driver": peak},
+            peak_memory_bytes={"driver": peak_memory()},
             summary=counts,
         )
         changed.append(new)

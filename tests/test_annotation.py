@@ -302,13 +302,13 @@ def test_only_the_last_shard_is_there_whatever_was_cut_short(run, tmp_path, monk
         raise KeyboardInterrupt
 
     # After the manifest is written, and before it.
-    for step, content in (("delete", [first, second]), ("finish", [first])):
+    for step, ids in (("delete", [first, second]), ("finish", [first])):
         with monkeypatch.context() as patch:
             patch.setattr(Run, step, killed)
             with pytest.raises(KeyboardInterrupt):
                 run.replace(
                     "labels",
-                    pa.table({"image_id": content, "label": ["cat"] * len(content)}),
+                    pa.table({"image_id": ids, "label": ["cat"] * len(ids)}),
                     what={"labels": {"content": step}},
                     inputs={},
                     seconds=0.0,
