@@ -7,7 +7,7 @@ import zipfile
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selective_ray import answers, export, labels
@@ -228,6 +228,7 @@ def test_a_zip_that_grows_is_not_unpacked(monkeypatch):
     assert "larger" in refused(zipped(annotations_xml=b" " * (1 << 20)))
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
 def test_no_bytes_bring_anything_but_answers_or_a_sentence(data):
     for start in (b"", b"image_id,label\n", b"[", b"{", b"<annotations>", b"PK\x03\x04"):
@@ -290,6 +291,7 @@ def test_cells_are_no_formulas_and_come_back(text):
     assert answers._plain(cell) == text
 
 
+@settings(deadline=None)
 @given(st.sets(st.text("abC -", min_size=1, max_size=6), max_size=8))
 def test_near_names_are_those_one_slip_apart(names):
     """Against trying every slip on every name."""
