@@ -18,7 +18,7 @@ from selective_ray import __version__, config
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter, one_line
-from selective_ray.store import BEGUN, OPTIONAL, TABLES, Run
+from selective_ray.store import BEGUN, BROUGHT, OPTIONAL, TABLES, Run
 
 # The common base of what typer says of missing, unknown and malformed options; typer exports only this heir.
 _WrongUsage = typer.BadParameter.__base__
@@ -345,10 +345,10 @@ def status(
     with _sentences(debug, as_json):
         where = _existing(run, endpoint_url)
         states = {}
-        for table in TABLES:
+        for table in (*TABLES, *BROUGHT):
             manifest = where.manifest(table)
             shards = where.finished_shards(table)
-            if table in OPTIONAL and not manifest and not where.exists(table, BEGUN):
+            if table in (*OPTIONAL, *BROUGHT) and not manifest and not where.exists(table, BEGUN):
                 continue
             if manifest:
                 states[table] = {
@@ -370,6 +370,95 @@ def status(
                 f"{key} {value}" for key, value in state.items() if key != "state" and value is not None
             )
             print(f"{table:<11} {state['state']:<10} {rest}".rstrip())  # noqa: T201
+
+
+@app.command("export")
+def write_export(
+    run: RunUri,
+    kind: Annotated[
+        str, typer.Option("--format", help="csv, jsonl, label-studio or cvat.", show_default=True)
+    ] = "csv",
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder for the files (default: export/ in the run).")
+    ] = None,
+    copies: Annotated[
+        str | None,
+        typer.Option(
+            "--copies", help="Copy the picks to this folder for the tool, as it cannot look into archives."
+        ),
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the picks as files for people and labeling tools."""
+    with _sentences(debug, as_json):
+        from selective_ray import annotation
+        from selective_ray.export import FORMATS
+
+        if kind not in FORMATS:
+            raise UsageError(f"--format {kind!r} is none; give one of {', '.join(FORMATS)}")
+        if copies and kind in ("csv", "jsonl"):
+            raise UsageError(f"--copies goes with label-studio and cvat; {kind} names images as the run does")
+        where = _existing(run, endpoint_url)
+        folder, files = annotation.write_picks(where, kind, out, copies, Reporter(quiet=as_json))
+        if as_json:
+            listed = [{"file": f"{folder}/{f.name}", "picks": f.picks, "root": f.root} for f in files]
+            print(json.dumps({"run": where.uri, "format": kind, "files": listed}))  # noqa: T201
+            return
+        for file in files:
+            root = f" of {file.root}" if file.root else ""
+            print(f"{folder}/{file.name}  {file.picks:,} picks{root}")  # noqa: T201
+
+
+@app.command("labels")
+def bring_labels(
+    run: RunUri,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="CSV, JSONL, an export of Label Studio (JSON, JSON-MIN) or CVAT (XML, ZIP)."
+        ),
+    ],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where an image is labeled already, let this file count.")
+    ] = False,
+    endpoint_url: EndpointUrl = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring the labels that people gave into the run."""
+    with _sentences(debug, as_json):
+        from selective_ray import annotation
+
+        reporter = Reporter(quiet=as_json)
+        where = _existing(run, endpoint_url)
+        found = annotation.bring_labels(where, file, replace=replace, reporter=reporter)
+        if as_json:
+            print(json.dumps({**found, "warnings": reporter.warnings}))  # noqa: T201
+            return
+        for line in _label_lines(found):
+            print(line)  # noqa: T201
+
+
+def _label_lines(found: dict[str, Any], most: int = 20) -> Iterator[str]:
+    brought = found["in_file"]
+    yield (
+        f"file       {found['format']}: {brought['images']:,} images, {brought['labels']:,} labeled, "
+        f"{brought['skipped']:,} skipped"
+    )
+    yield (
+        f"run        {found['labels']:,} labeled, {found['skipped']:,} skipped, "
+        f"{found['unlabeled_picks']:,} of {found['picks']:,} picks left; "
+        f"{found['outside_selection']:,} labels outside the selection"
+        + ("" if found["changed"] else "; nothing changed")
+    )
+    classes = sorted(found["classes"].items(), key=lambda item: (-item[1], item[0]))
+    yield f"classes    {len(classes):,}"
+    for name, count in classes[:most]:
+        yield f"  {count:>7,}  {name}"
+    if len(classes) > most:
+        yield f"  and {len(classes) - most:,} smaller ones; --json lists them all"
 
 
 def _existing(run: str, endpoint_url: str | None) -> Run:

@@ -18,6 +18,11 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"),
 )
+# Of bytes that have no name: what their format is mostly called.
+EXTENSION_OF = {
+    **{"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"},
+    **{"PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif"},
+}
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte of RGB
 
 # What is wrong with a broken TIFF is a reason in a table; Pillow's logger and the libtiff inside Pillow
@@ -91,6 +96,26 @@ def thumbnail(data: bytes, *, size: int) -> bytes:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=75)
     return out.getvalue()
+
+
+def extent(data: bytes) -> tuple[int, int, str]:
+    """Return width and height of an image as it is seen, and the extension of its format; raises Rejected.
+
+    Of a JPEG, the first bytes are enough where they hold its headers.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            _check_pixels(width, height)
+            if _orientation(image) in ASIDE:
+                width, height = height, width
+            return width, height, EXTENSION_OF[image.format]
+    except Rejected:
+        raise
+    except Exception:  # Pillow's openers raise whatever the broken bytes lead them to
+        raise Rejected("not an image, or damaged") from None
 
 
 def _decoded(data: bytes, excess: Callable[[tuple[int, int]], float]) -> Scaled:

@@ -29,6 +29,9 @@ IMAGES = pa.schema([("image_id", pa.int64()), *LISTED])
 # Images that are equal, byte for byte, to one with a smaller id: the smallest such id.
 DUPLICATES = pa.schema([("image_id", pa.int64()), ("first_image_id", pa.int64())])
 REJECTED = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())])
+# What people say of images: nothing before training reads it.
+LABELS = pa.schema([("image_id", pa.int64()), ("label", pa.string())])
+SKIPPED = pa.schema([("image_id", pa.int64()), ("uri", pa.string())])
 DENSITY = {
     "mean": pa.schema([("image_id", pa.int64()), ("mean_sq_dist", pa.float32())]),
     "kth": pa.schema(

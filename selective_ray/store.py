@@ -34,6 +34,8 @@ BEGUN = "begun.json"
 TABLES = ("images", "embeddings", "rejected", "duplicates", "density", "neighbors", "clusters", "selection")
 # Brought embeddings have no bytes to compare, and neighbors are kept where that is asked for.
 OPTIONAL = ("duplicates", "neighbors")
+# What people bring.
+BROUGHT = ("labels", "skipped")
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,10 @@ class Run:
         path = home.path(table, shard_name(index))
         try:
             with objects.open_seekable(path, home.access) as file:
+                if table != "embeddings":
+                    # Threads gain nothing on small tables, and one of Arrow's that lets go of the file while
+                    # the process ends aborts it.
+                    return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
                 return pq.read_table(file, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
@@ -344,10 +350,12 @@ class Run:
         peak_memory_bytes: dict[str, int],
         summary: dict[str, Any],
         found: dict[str, Any] | None = None,
+        instead_of: Iterable[int] = (),
     ) -> Manifest:
         """Write the manifest of a table that was begun; from then on it is complete.
 
         `found` is what only the work could tell and what belongs to `what`, as the digest of a listing.
+        `instead_of` are shards of an earlier content, which go then.
         """
         begun = self.read_json(table, BEGUN)
         what = {**begun["what"], **(found or {})}
@@ -364,8 +372,55 @@ class Run:
             summary=summary,
         )
         self.write_json(asdict(done), table, MANIFEST)
+        for index in instead_of:
+            self.delete(table, shard_name(index))
         self.delete(table, BEGUN)
         return done
+
+    def replace(
+        self,
+        table: str,
+        content: pa.Table,
+        *,
+        what: dict[str, Any],
+        inputs: dict[str, str],
+        seconds: float,
+        peak_memory_bytes: dict[str, int],
+        summary: dict[str, Any],
+    ) -> tuple[Manifest, bool]:
+        """Put one shard in the place of a table's content; returns the manifest, and whether it is new.
+
+        For tables that change when people ask for it. The shard goes beside the earlier one, under the next
+        number; the manifest that names it is the switch, and then the earlier one is removed: who reads by
+        the manifest meets the one or the other. Raises UserError where there are shards that nothing here
+        wrote.
+        """
+        there = self.manifest(table)
+        kept = {shard.index for shard in there.shards} if there else set()
+        left = set(self.finished_shards(table)) - kept
+        if left and not self.exists(table, BEGUN):
+            raise UserError(
+                f"{self.path(table, shard_name(min(left)))} was not written by this command; move it away"
+            )
+        for index in left:
+            # Of an attempt that was cut short, before or after the switch.
+            self.remove_shard(table, index)
+        wanted = fingerprint(table, what, inputs)
+        if there and there.fingerprint == wanted:
+            self.delete(table, BEGUN)
+            return there, False
+        begun = {"stage": table, "what": what, "inputs": inputs, "fingerprint": wanted, "seconds": 0.0}
+        self.write_json(begun, table, BEGUN)
+        shard = self.write_shard(table, max(kept, default=-1) + 1, content)
+        done = self.finish(
+            table,
+            [shard],
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes,
+            summary=summary,
+            instead_of=kept,
+        )
+        return done, True
 
     def fingerprints(self, *tables: str) -> dict[str, str]:
         """Return the fingerprints of finished tables, as the inputs of what is made from them."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from selective_ray.errors import UserError
+from selective_ray.memory import peak_memory as peak_memory
 
 
 class Session:
@@ -70,17 +68,6 @@ def gpus() -> float:
 def alive_nodes() -> frozenset[str]:
     """Ids of the nodes that the cluster has."""
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
-
-
-def peak_memory() -> int:
-    """Return the largest resident size that this process has had, in bytes."""
-    try:
-        with Path("/proc/self/status").open() as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        # Elsewhere than on Linux, where this number is handed down from the process that started this one.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def in_order_of_arrival(task: Any, calls: Iterable[tuple]) -> Iterator[Any]:
