@@ -6,6 +6,7 @@ import csv
 import functools
 import hashlib
 import io
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def select(
             prune=not settings.keep_utilities,
         )
         judging = ray.put(judged)
+        started = time.monotonic()
 
         def nominate(weight: float) -> Picks:
             """Send references to the earlier picks, m·d floats a round; merge one Picks an actor."""
@@ -143,6 +145,7 @@ def select(
             unit=lambda picked: selection.repulsion_unit(picked, repulsion) if scaled else 1.0,
             watch=watch,
         )
+        seconds_of_rounds = time.monotonic() - started
         if len(picks.image_ids) != count:
             raise UserError(
                 f"{len(picks.image_ids)} clusters hold images and are open, and {count} are needed for the "
@@ -195,6 +198,7 @@ def select(
             # Of those that every image has to every pick, round by round from the second on.
             "distances_computed": [round(pairs / pairs_in_all, 6) for pairs in compared[1:]],
             "pruned": judged.prune,
+            "seconds_of_rounds": round(seconds_of_rounds, 3),
         },
     )
 
