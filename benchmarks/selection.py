@@ -14,6 +14,7 @@ subsets of 5,000, 15,000 and all rows, in the published unit and scaled.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import tempfile
 import time
@@ -22,16 +23,16 @@ from pathlib import Path
 # One thread a process: actors work side by side.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import density as rows_of
+import faiss
 import numpy as np
 import ray
 
-import selective_ray
-from selective_ray import config
+from selective_ray import config, density, kmeans, selection
 from selective_ray.actors import pipeline
 from selective_ray.actors.session import Session
 from selective_ray.actors.shards import Pool
 from selective_ray.progress import Reporter
+from selective_ray.selection import Candidates, PickedVectors
 from selective_ray.store import Run
 
 VARIANTS = {
@@ -63,7 +64,7 @@ def select(run: Path, source: Path | str, clusters: int, upto: str, variant: dic
 def iteration(run: Run, clusters: int) -> float:
     """Seconds of one K-Means iteration with all products, on two actors that hold the rows."""
     with Session(None) as session:
-        pool = Pool(run, 2, session)
+        pool = Pool(run, config.Resources(workers=2), session)
         pool.start()
         pool.all(lambda actor: actor.rows_at.remote(np.arange(2)))
         taken = []
@@ -108,41 +109,77 @@ def apart(x: np.ndarray) -> float:
     return float(np.sqrt(np.maximum(2 - 2 * products.max(axis=1), 0)).mean())
 
 
+def measured(x: np.ndarray, k: int) -> np.ndarray:
+    """Mean squared distance of the k nearest, the row itself among them."""
+    return np.maximum(faiss.knn(x, x, k)[0], 0).mean(axis=1)
+
+
+def clustered(x: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    centroids = x[kmeans.initial_rows(len(x), clusters, seed)]
+    how = {"n": len(x), "iterations": 200, "tolerance": 1e-4, "final_assignment": True}
+    clustering = kmeans.lloyd(kmeans.Rows(x, np.arange(len(x)), len(x)).step, centroids, **how)
+    return kmeans.assign(x, clustering.assigned_by)
+
+
+def picks(x: np.ndarray, sq_dists: np.ndarray, labels: np.ndarray, settings: config.Selection) -> np.ndarray:
+    """Rows that are selected."""
+    scaled, repulsion = settings.scale == "median", settings.repulsion()
+    densities = density.relative(sq_dists, unit=float(np.median(sq_dists)) if scaled else 1.0, floor=1e-6)
+    how = {"momentum": settings.momentum, "parameters": repulsion}
+    candidates = Candidates(x, np.arange(len(x)), labels, densities, **how)
+    return selection.rounds(
+        candidates.nominate,
+        lambda chosen: PickedVectors(chosen.cluster_ids, chosen.image_ids, x[chosen.image_ids]),
+        candidates.repel,
+        n_rounds=settings.rounds,
+        weight=settings.weight,
+        unit=lambda picked: selection.repulsion_unit(picked, repulsion) if scaled else 1.0,
+    ).image_ids
+
+
 def spread(x: np.ndarray, clusters: int, preset: str) -> None:
-    found = {}
-    for weight in (None, 0.0):
-        settings = {} if weight is None else {"selection.weight": weight}
-        found[weight] = []
-        for seed in range(20):
-            chosen = selective_ray.select(x, clusters, preset=preset, seed=seed, settings=settings)
-            found[weight].append(apart(x[chosen.rows]))
-    ours, none = np.array(found[None]), np.array(found[0.0])
+    values = config.PRESETS[preset]
+    settings = config.Selection(**values["selection"])
+    sq_dists = measured(x, values["density"]["k"])
+    ours, plain = [], []
+    for seed in range(20):
+        labels = clustered(x, clusters, seed)
+        ours.append(apart(x[picks(x, sq_dists, labels, settings)]))
+        plain.append(apart(x[picks(x, sq_dists, labels, settings.model_copy(update={"weight": 0.0}))]))
+    ours, plain = np.array(ours), np.array(plain)
     print(
         f"{preset}, {len(x)} rows, {clusters} picks, 20 seeds: nearest other pick at {ours.mean():.4f} "
-        f"± {ours.std(ddof=1):.4f}, at weight 0 {none.mean():.4f} ± {none.std(ddof=1):.4f}; farther in "
-        f"{(ours > none).sum()} of 20"
+        f"± {ours.std(ddof=1):.4f}, at weight 0 {plain.mean():.4f} ± {plain.std(ddof=1):.4f}; farther in "
+        f"{(ours > plain).sum()} of 20, as far in {(ours == plain).sum()}"
     )
 
 
-def scale(x: np.ndarray, clusters: int, presets: list[str]) -> None:
+def scale(x: np.ndarray, clusters: int, preset: str) -> None:
+    """One weight on growing subsets: that of a preset in its own unit, and that of the defaults."""
     x = x[np.random.default_rng(0).permutation(len(x))]
+    published = config.Selection(**config.PRESETS[preset]["selection"])
     for n in (5_000, 15_000, len(x)):
-        for name in presets:
-            for scaled in ("none", "median"):
-                changed, distances = [], []
-                for seed in range(3):
-                    settings = {"selection.scale": scaled, "density.k": 20}
-                    some = selective_ray.select(x[:n], clusters, preset=name, seed=seed, settings=settings)
-                    settings["selection.weight"] = 0.0
-                    plain = selective_ray.select(x[:n], clusters, preset=name, seed=seed, settings=settings)
-                    changed.append(np.mean(some.rows != plain.rows))
-                    distances.append(apart(x[some.rows]) / apart(x[plain.rows]))
-                share = 100 * np.mean(changed)
+        sq_dists = measured(x[:n], 20)
+        for name, settings in ((preset, published), ("defaults", config.Selection())):
+            for unit in ("none", "median"):
+                changed, farther = [], []
+                for seed in range(5):
+                    labels = clustered(x[:n], clusters, seed)
+                    used = settings.model_copy(update={"scale": unit})
+                    some = picks(x[:n], sq_dists, labels, used)
+                    plain = picks(x[:n], sq_dists, labels, used.model_copy(update={"weight": 0.0}))
+                    changed.append(100 * np.mean(some != plain))
+                    farther.append(apart(x[some]) / apart(x[plain]))
                 print(
-                    f"{name or 'defaults':<14} n = {n:6} scale {scaled:<7} picks changed {share:5.1f} "
-                    f"%, nearest other pick {np.mean(distances):.3f} times as far",
+                    f"{name:<14} n = {n:6} scale {unit:<7} picks changed {np.mean(changed):5.1f} %, nearest "
+                    f"other pick {np.mean(farther):.3f} times as far",
                     flush=True,
                 )
+
+
+def rows_of(kind: str, n: int) -> np.ndarray:
+    """Rows of the density benchmark, which lies beside this one and is named like a module of the package."""
+    return importlib.import_module("density").rows(kind, n)
 
 
 def main() -> None:
@@ -160,13 +197,13 @@ def main() -> None:
         file = Path(options.rows)
         if not file.exists():
             file = Path(folder) / "x.npy"
-            np.save(file, rows_of.rows(options.rows, options.n))
+            np.save(file, rows_of(options.rows, options.n))
         if options.what == "rounds":
             rounds(file, options.clusters, options.variants)
         elif options.what == "spread":
             spread(np.load(file), options.clusters, options.preset)
         else:
-            scale(np.load(file), options.clusters, [None, options.preset])
+            scale(np.load(file), options.clusters, options.preset)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +212,11 @@ def test_labeled_images_that_were_never_listed(vectors, two_cpus, tmp_path):
     file.write_text("image_id\n1\n400\n")
     words = ("select", "--embeddings", vectors, "--run", tmp_path / "run", "--budget", 5, "--labeled", file)
     assert "names image_id 400" in ask(*words, status=1)
+
+
+def test_tables_of_different_runs(vectors, nested, tmp_path):
+    np.save(tmp_path / "y.npy", np.load(vectors)[::-1].copy())
+    words = ("--embeddings", tmp_path / "y.npy", "--run", tmp_path / "run")
+    ask("embed", *words)
+    shutil.copytree(nested / "density", tmp_path / "run" / "density")
+    assert "inputs.embeddings is" in ask("select", *words, "--budget", 8, status=1)
