@@ -84,9 +84,11 @@ def find(run: Run, labeled: Labeled) -> np.ndarray:
                 f"{images.rows:,} images, numbered from 0; correct the file"
             )
         return np.sort(np.array(labeled.image_ids, np.int64))
+    if not len(labeled):
+        return np.empty(0, np.int64)
     wanted = pa.array(labeled.uris, pa.string())
     found = [run.read_shard("images", 0, ["image_id", "uri"]).slice(0, 0)]
-    for shard in images.shards if len(labeled) else ():
+    for shard in images.shards:
         listed = run.read_shard("images", shard.index, ["image_id", "uri"])
         found.append(listed.filter(pc.is_in(listed["uri"], wanted)))
     there = pa.concat_tables(found)

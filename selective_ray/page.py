@@ -24,7 +24,7 @@ from selective_ray.charts import (
     number,
     percent,
 )
-from selective_ray.store import Manifest
+from selective_ray.store import Manifest, stage_of
 
 NAME, URI, VALUE = 64, 1_000, 200
 ROWS_SHOWN = 150
@@ -308,11 +308,11 @@ def _stages(facts: Facts) -> str:
                 f"<code>{escape(manifest.fingerprint)}</code>",
             )
         )
-    # `embeddings` and `rejected` are made by one stage, whose time counts once.
+    # `rejected` is made with `embeddings`, and `utilities` with `selection`: their time counts once.
     own = [
         manifest.seconds
         for name, manifest in facts.stages.items()
-        if not manifest.refers_to and name != "rejected"
+        if not manifest.refers_to and stage_of(name) not in ("rejected", "utilities")
     ]
     code = facts.stages["selection"].code
     commit = f", commit {escape(str(code.get('commit'))[:12])}" if code.get("commit") else ""
