@@ -88,7 +88,9 @@ def main() -> None:
                     candidates = Candidates(x, ids, clusters, densities, momentum=0.9, parameters=repulsion)
                     picks = selection.rounds(
                         candidates.nominate,
-                        lambda picks, x=x: PickedVectors(picks.cluster_ids, x[picks.image_ids]),
+                        lambda picks, x=x: PickedVectors(
+                            picks.cluster_ids, picks.image_ids, x[picks.image_ids]
+                        ),
                         candidates.repel,
                         n_rounds=10,
                         weight=weight,

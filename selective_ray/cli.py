@@ -90,6 +90,21 @@ Embeddings = Annotated[
 ]
 RunUri = Annotated[str, typer.Option("--run", help="Folder that holds the run; continued if it is there.")]
 Budget = Annotated[int | None, typer.Option("--budget", help="How many images to select.")]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        "--budgets", help="Increasing budgets, as 1000,5000: each selection contains the one before."
+    ),
+]
+Labeled = Annotated[
+    str | None,
+    typer.Option(
+        "--labeled", help="CSV file (uri or image_id) of images that have labels: not picked, kept away from."
+    ),
+]
+KeepUtilities = Annotated[
+    bool, typer.Option("--keep-utilities", help="Write the utility of every image to utilities/.")
+]
 Preset = Annotated[
     str | None, typer.Option("--preset", help=f"Published constants: {', '.join(config.PRESETS)}.")
 ]
@@ -153,6 +168,9 @@ def _advance(
     embeddings: str | None,
     run: str,
     budget: int | None,
+    budgets: str | None,
+    labeled: str | None,
+    keep_utilities: bool,
     preset: str | None,
     config_file: str | None,
     assignments: list[str] | None,
@@ -176,6 +194,9 @@ def _advance(
             assignments=assignments,
             options={
                 "selection.budget": budget,
+                "selection.budgets": None if budgets is None else _numbers(budgets),
+                "selection.labeled": labeled,
+                "selection.keep_utilities": keep_utilities or None,
                 "seed": seed,
                 "embed.encoder": encoder,
                 "embed.checkpoint": checkpoint,
@@ -187,13 +208,13 @@ def _advance(
             },
             own_embeddings=embeddings is not None,
         )
-        if upto in ("clusters", "selection") and settings.selection.budget is None:
+        if upto in ("clusters", "selection") and not settings.selection.every_budget():
             raise UsageError("give --budget M, the number of images to select")
         from selective_ray.actors import pipeline
 
         reporter = Reporter(quiet=as_json)
         where = Run(run, settings.resources.access())
-        complete = [table for table in TABLES if where.manifest(table)]
+        complete = [table for table in where.tables() if where.manifest(table)]
         pipeline.advance(
             where,
             pipeline.Source(images, embeddings, since),
@@ -212,6 +233,14 @@ def _share(text: str) -> float:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise UsageError(f"--max-rejected {text!r} is no share; give it as 1% or 0.01") from None
+
+
+def _numbers(text: str) -> list[int]:
+    """Read whole numbers with commas between them."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--budgets {text!r} are no whole numbers; give them as 1000,5000") from None
 
 
 def _print_summary(
@@ -272,6 +301,9 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
         max_rejected: MaxRejected = None,
         embeddings: Embeddings = None,
         budget: Budget = None,
+        budgets: Budgets = None,
+        labeled: Labeled = None,
+        keep_utilities: KeepUtilities = False,
         preset: Preset = None,
         config_file: ConfigFile = None,
         assignments: Set = None,
@@ -294,6 +326,9 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
             embeddings=embeddings,
             run=run,
             budget=budget,
+            budgets=budgets,
+            labeled=labeled,
+            keep_utilities=keep_utilities,
             preset=preset,
             config_file=config_file,
             assignments=assignments,
@@ -345,7 +380,7 @@ def status(
     with _sentences(debug, as_json):
         where = _existing(run, endpoint_url)
         states = {}
-        for table in (*TABLES, *BROUGHT):
+        for table in (*where.tables(), *BROUGHT):
             manifest = where.manifest(table)
             shards = where.finished_shards(table)
             if table in (*OPTIONAL, *BROUGHT) and not manifest and not where.exists(table, BEGUN):

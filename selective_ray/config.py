@@ -6,9 +6,10 @@ Order: default < preset < --config < options and --set. Unknown keys are errors 
 from __future__ import annotations
 
 import difflib
+import itertools
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -94,6 +95,10 @@ class Selection(Section):
     """The densest image of each cluster, regularized."""
 
     budget: int | None = Field(None, ge=1)
+    # Budgets that contain each other, ascending, in place of one.
+    budgets: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    # CSV file of images that have labels: they repel, are never picked, and close their clusters.
+    labeled: str | None = None
     # Ten rounds with momentum 0.9 (USL on CIFAR) let the picks settle instead of swapping places.
     rounds: int = Field(10, ge=1)
     # In units of `scale`; chosen with alpha and the window on three sets of images by the accuracy of a
@@ -111,6 +116,12 @@ class Selection(Section):
     # "median": density in units of its median, repulsion in units of what picks feel from each other, so
     # that one weight means the same for any n, d, k and budget. "none": as published.
     scale: Literal["none", "median"] = "median"
+    # Leave the utility and repulsion of every image in `utilities/`; every image then meets every pick.
+    keep_utilities: bool = False
+
+    def every_budget(self) -> tuple[int, ...]:
+        """Return the budgets to select for, ascending; the last is the one that is asked for."""
+        return self.budgets or (() if self.budget is None else (self.budget,))
 
     def repulsion(self) -> Repulsion:
         """Return how picks push, as the maths takes it."""
@@ -354,6 +365,14 @@ def _validate(flat: dict[str, Any]) -> Config:
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{key} = {first['input']!r} is not possible: {first['msg'].lower()}") from None
     encoders.check_name(config.embed.encoder)
+    budgets = config.selection.budgets
+    if budgets and config.selection.budget is not None:
+        raise UsageError("--budget and --budgets disagree; --budgets holds all of them, the largest last")
+    for smaller, larger in itertools.pairwise(budgets):
+        if larger <= smaller:
+            raise UsageError(
+                f"budgets must increase, and {larger} follows {smaller}; each contains the ones before it"
+            )
     if config.density.k == 1 and config.density.include_self:
         raise UsageError(
             "density.k = 1 with density.include_self is the distance of every image to itself, which is 0; "

@@ -106,7 +106,7 @@ def select(
     )
     picks: Picks = selection.rounds(
         candidates.nominate,
-        lambda picks: selection.PickedVectors(picks.cluster_ids, x[picks.image_ids]),
+        lambda picks: selection.PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids]),
         candidates.repel,
         n_rounds=config.selection.rounds,
         weight=config.selection.weight,

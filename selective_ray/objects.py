@@ -517,6 +517,24 @@ def names(folder: str, access: Access = DIRECT) -> list[str]:
     return sorted(path.rsplit("/", 1)[-1] for path in _attempt(level, base, folder, access))
 
 
+def folders(folder: str, access: Access = DIRECT) -> list[str]:
+    """Return the names of the folders directly in a folder, sorted; none where there is no folder."""
+    if is_local(folder):
+        try:
+            with os.scandir(local_path(folder)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    base, prefix = split_uri(folder)
+
+    def level(store: ObjectStore) -> list[str]:
+        import obstore
+
+        return obstore.list_with_delimiter(store, prefix)["common_prefixes"]
+
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in _attempt(level, base, folder, access))
+
+
 def delete_folder(folder: str, access: Access = DIRECT) -> None:
     """Remove a folder with everything in it, if it is there."""
     if is_local(folder):

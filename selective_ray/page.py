@@ -24,7 +24,7 @@ from selective_ray.charts import (
     number,
     percent,
 )
-from selective_ray.store import Manifest
+from selective_ray.store import Manifest, stage_of
 
 NAME, URI, VALUE = 64, 1_000, 200
 ROWS_SHOWN = 150
@@ -144,9 +144,19 @@ def _summary(facts: Facts) -> str:
         f"by people: {percent(m / n)} of them."
     )
     apart = facts.setting("selection", "weight", 1) and facts.setting("selection", "rounds", 2) > 1
+    noted = facts.stages["selection"].summary
+    before, marked = noted.get("selected_before", 0), noted.get("labeled_before", 0)
+    if before:
+        chosen += f" {before:,} of these had been chosen for a smaller budget."
+    if marked:
+        chosen += f" {_amount(marked, 'image')} had labels before."
+    groups = facts.stages["clusters"].summary.get("clusters", m)
+    giving = (
+        f"each of the {m - before:,} largest without an earlier one" if before or marked else "each group"
+    )
     how = (
-        f"The images were sorted by what they show into {_amount(m, 'group')}, and each group gave the image "
-        "that the most others look like"
+        f"The images were sorted by what they show into {_amount(groups, 'group')}, and {giving} gave "
+        "the image that the most others look like"
         f"{', passing over those close to what other groups gave' if apart else ''}."
     )
     return f'<p class="lead">{chosen} {how} {_headline(facts.coverage)}</p>'
@@ -298,11 +308,11 @@ def _stages(facts: Facts) -> str:
                 f"<code>{escape(manifest.fingerprint)}</code>",
             )
         )
-    # `embeddings` and `rejected` are made by one stage, whose time counts once.
+    # `rejected` is made with `embeddings`, and `utilities` with `selection`: their time counts once.
     own = [
         manifest.seconds
         for name, manifest in facts.stages.items()
-        if not manifest.refers_to and name != "rejected"
+        if not manifest.refers_to and stage_of(name) not in ("rejected", "utilities")
     ]
     code = facts.stages["selection"].code
     commit = f", commit {escape(str(code.get('commit'))[:12])}" if code.get("commit") else ""

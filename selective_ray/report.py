@@ -53,9 +53,9 @@ def write(
     an image that cannot be read leaves a placeholder.
     """
     stages = {}
-    for table in TABLES:
+    for table in run.tables():
         manifest = run.manifest(table)
-        if manifest is None and table in OPTIONAL:
+        if manifest is None and (table in OPTIONAL or table not in TABLES):
             continue
         if manifest is None:
             raise UserError(f"{run.uri} has no finished {table}, so there is nothing to report; run select")

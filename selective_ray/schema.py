@@ -75,8 +75,15 @@ def embeddings_table(
     return pa.table(columns, schema)
 
 
-def selection_schema(estimator: str) -> pa.Schema:
-    """Schema of `selection/`; the column of the measured distance is named as in `density/`."""
+# Of all images, when the last round picked.
+UTILITIES = pa.schema([("image_id", pa.int64()), ("repulsion", pa.float64()), ("utility", pa.float64())])
+
+
+def selection_schema(estimator: str, *, nested: bool = False) -> pa.Schema:
+    """Schema of `selection/`; the column of the measured distance is named as in `density/`.
+
+    nested: the smallest budget that contains the image, where budgets contain each other.
+    """
     return pa.schema(
         [
             ("image_id", pa.int64()),
@@ -85,6 +92,7 @@ def selection_schema(estimator: str) -> pa.Schema:
             (sq_dist_column(estimator), pa.float32()),
             ("repulsion", pa.float64()),
             ("utility", pa.float64()),
+            *([("budget", pa.int64())] if nested else []),
         ]
     )
 

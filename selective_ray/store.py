@@ -31,11 +31,16 @@ SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 # Each table with the command that makes it.
-TABLES = ("images", "embeddings", "rejected", "duplicates", "density", "neighbors", "clusters", "selection")
-# Brought embeddings have no bytes to compare, and neighbors are kept where that is asked for.
-OPTIONAL = ("duplicates", "neighbors")
+TABLES = (
+    *("images", "embeddings", "rejected", "duplicates", "density", "neighbors", "clusters", "utilities"),
+    "selection",
+)
+# Brought embeddings have no bytes to compare; neighbors and utilities are kept where that is asked for.
+OPTIONAL = ("duplicates", "neighbors", "utilities")
 # What people bring.
 BROUGHT = ("labels", "skipped")
+# Of budgets that contain each other, the smaller ones have their tables beside: `selection-1000/`.
+NESTED = re.compile(r"(clusters|utilities|selection)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ class Manifest:
 def shard_name(index: int) -> str:
     """Name of the file of shard `index`."""
     return f"part-{index:05d}.parquet"
+
+
+def stage_of(table: str) -> str:
+    """Name of the stage that makes a table: `selection` of `selection-1000`."""
+    nested = NESTED.fullmatch(table)
+    return nested[1] if nested else table
+
+
+def nested(stage: str, budget: int) -> str:
+    """Name of a stage's table for one of several budgets that is not the largest."""
+    return f"{stage}-{budget}"
 
 
 def fingerprint(stage: str, what: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -189,10 +205,42 @@ class Run:
 
     # Tables
 
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that a run has, or will have, in the order in which they are made."""
+        there = [name for name in objects.folders(self.root, self.access) if NESTED.fullmatch(name)]
+        smaller = sorted(
+            there, key=lambda name: (int(NESTED.fullmatch(name)[2]), TABLES.index(stage_of(name)))
+        )
+        first = TABLES.index("clusters")
+        return (*TABLES[:first], *smaller, *TABLES[first:])
+
     def home(self, table: str) -> Run:
         """Return the run whose folder holds this table: this one, or the one it refers to."""
-        found = self.manifest(table)
-        return Run(found.refers_to, self.access).home(table) if found and found.refers_to else self
+        return self._place(table)[0]
+
+    def _place(self, table: str) -> tuple[Run, str]:
+        """Return the run that holds this table, and the table's name there.
+
+        A run that was extended to a larger budget has moved what others may refer to.
+        """
+        mine = self.manifest(table)
+        if not mine or not mine.refers_to:
+            return self, table
+        other = Run(mine.refers_to, self.access)
+        for name in other._names(table, mine.what):
+            theirs = other.manifest(name)
+            if theirs and theirs.fingerprint == mine.fingerprint:
+                return other._place(name)
+        raise UserError(
+            f"{self.path(table)} refers to {other.path(table)}, which is not there any more or is another; "
+            "restore it, or make this run again under a new --run"
+        )
+
+    @staticmethod
+    def _names(table: str, what: dict[str, Any]) -> tuple[str, ...]:
+        """Names under which a run may hold what was made with this configuration."""
+        stage, budget = stage_of(table), what.get("selection", {}).get("budget")
+        return (stage,) if budget is None else (stage, nested(stage, budget))
 
     def write_shard(self, table: str, index: int, content: pa.Table, device: str = "cpu") -> Shard:
         """Write shard `index` of a table; a shard that is already there stays, as it holds the same."""
@@ -212,8 +260,8 @@ class Run:
 
     def read_shard(self, table: str, index: int, columns: list[str] | None = None) -> pa.Table:
         """Return shard `index` of a table; raise UserError where it is missing or damaged."""
-        home = self.home(table)
-        path = home.path(table, shard_name(index))
+        home, name = self._place(table)
+        path = home.path(name, shard_name(index))
         try:
             with objects.open_seekable(path, home.access) as file:
                 if table != "embeddings":
@@ -223,16 +271,16 @@ class Run:
                 return pq.read_table(file, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"{path} is missing or damaged ({error}); remove {home.path(table)} and run again"
+                f"{path} is missing or damaged ({error}); remove {home.path(name)} and run again"
             ) from None
 
     def verify_shard(self, table: str, index: int) -> None:
         """Raise UserError where shard `index` of a finished table is not what was written."""
-        home = self.home(table)
-        path = home.path(table, shard_name(index))
+        home, name = self._place(table)
+        path = home.path(name, shard_name(index))
         recorded = next(s for s in self.manifest(table).shards if s.index == index)
         try:
-            data = home.read_bytes(table, shard_name(index))
+            data = home.read_bytes(name, shard_name(index))
         except FileNotFoundError:
             data = None
         if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
@@ -314,32 +362,66 @@ class Run:
 
         Where nothing is here yet and the `earlier` run has finished just that, this run refers to it.
         Raises UserError where the folder was finished or begun with another configuration. A claim that led
-        to no shard, as of a budget that turned out too large, is given up for the new one.
+        to no shard, as of a budget that turned out too large, is given up for the new one. What was made for
+        the largest budget, and now is for one of the smaller, moves to its place.
         """
-        wanted = fingerprint(table, what, inputs)
+        wanted = fingerprint(stage_of(table), what, inputs)
+        largest = self.manifest(stage_of(table)) if stage_of(table) != table else None
+        if largest and largest.fingerprint == wanted:
+            self._move(stage_of(table), table)
         there = self.manifest(table)
         theirs = asdict(there) if there else self.read_json(table, BEGUN)
         if theirs and not there and theirs["fingerprint"] != wanted and not self.finished_shards(table):
             self.delete_folder(table)
             theirs = None
         if theirs and theirs["fingerprint"] != wanted:
-            keys = differences({**what, "inputs": inputs}, {**theirs["what"], "inputs": theirs["inputs"]})
-            raise UserError(
-                f"{self.path(table)} was made with another configuration ({theirs['fingerprint']}, "
-                f"now {wanted}): {'; '.join(keys)}. Choose another --run"
-                + (
-                    f", with --embeddings {self.uri} to use its embeddings again"
-                    if self.exists("embeddings", MANIFEST)
-                    else ""
-                )
-            )
+            self._refuse(table, theirs, wanted, {**what, "inputs": inputs})
         if not theirs:
-            finished = earlier and earlier.manifest(table)
-            if finished and finished.fingerprint == wanted:
-                return self.refer(table, earlier)
-            begun = {"stage": table, "what": what, "inputs": inputs, "fingerprint": wanted, "seconds": 0.0}
+            for name in self._names(table, what) if earlier else ():
+                finished = earlier.manifest(name)
+                if finished and finished.fingerprint == wanted:
+                    return self.refer(table, earlier, name)
+            begun = {
+                "stage": stage_of(table),
+                "what": what,
+                "inputs": inputs,
+                "fingerprint": wanted,
+                "seconds": 0.0,
+            }
             self.write_json(begun, table, BEGUN)
         return there
+
+    def check_same(self, table: str, what: dict[str, Any]) -> None:
+        """Raise UserError where a finished table was made with another configuration."""
+        if (there := self.manifest(table)) and there.what != what:
+            wanted = fingerprint(stage_of(table), what, there.inputs)
+            self._refuse(table, asdict(there), wanted, {**what, "inputs": there.inputs})
+
+    def _refuse(self, table: str, theirs: dict[str, Any], wanted: str, mine: dict[str, Any]) -> None:
+        keys = differences(mine, {**theirs["what"], "inputs": theirs["inputs"]})
+        raise UserError(
+            f"{self.path(table)} was made with another configuration ({theirs['fingerprint']}, "
+            f"now {wanted}): {'; '.join(keys)}. Choose another --run"
+            + (
+                f", with --embeddings {self.uri} to use its embeddings again"
+                if self.exists("embeddings", MANIFEST)
+                else ""
+            )
+        )
+
+    def _move(self, table: str, to: str) -> None:
+        """Move a finished table; where an earlier attempt was cut short, the rest of it."""
+        if self.is_local:
+            self.delete_folder(to)
+            Path(self.path(table)).rename(self.path(to))
+            return
+        # The manifest comes last at the new place, and goes last at the old.
+        names = [name for name in objects.names(self.path(table), self.access) if name != MANIFEST]
+        if not self.manifest(to):
+            for name in (*names, MANIFEST):
+                self.write_bytes(self.read_bytes(table, name), to, name)
+        for name in (*names, MANIFEST):
+            self.delete(table, name)
 
     def finish(
         self,
@@ -361,10 +443,10 @@ class Run:
         what = {**begun["what"], **(found or {})}
         shards = sorted(shards, key=lambda shard: shard.index)
         done = Manifest(
-            stage=table,
+            stage=stage_of(table),
             what=what,
             inputs=begun["inputs"],
-            fingerprint=fingerprint(table, what, begun["inputs"]),
+            fingerprint=fingerprint(stage_of(table), what, begun["inputs"]),
             shards=shards,
             rows=sum(shard.rows for shard in shards),
             seconds=round(seconds, 3),
@@ -427,11 +509,11 @@ class Run:
         found = {table: self.manifest(table) for table in tables}
         return {table: manifest.fingerprint for table, manifest in found.items() if manifest}
 
-    def refer(self, table: str, other: Run) -> Manifest:
-        """Make a table of this run stand for the same table of another, by its manifest."""
-        theirs = other.manifest(table)
+    def refer(self, table: str, other: Run, name: str = "") -> Manifest:
+        """Make a table of this run stand for one of another (of the same name), by its manifest."""
+        theirs = other.manifest(name or table)
         assert theirs is not None
-        mine = {**asdict(theirs), "refers_to": other.home(table).uri}
+        mine = {**asdict(theirs), "refers_to": other.home(name or table).uri}
         self.write_json(mine, table, MANIFEST)
         return self.manifest(table)
 

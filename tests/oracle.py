@@ -36,19 +36,27 @@ def select(
     horizon_sq_dist: float = 0.0,
     horizon_picks: int = 0,
     exclude_own_cluster: bool = True,
+    fixed: np.ndarray | tuple = (),
+    count: int | None = None,
 ) -> np.ndarray:
-    """Section 1.5 of the method's description, pick by pick."""
+    """Section 1.5 of the method's description, pick by pick.
+
+    Fixed rows repel, and close their clusters; the `count` largest open ones give a pick each.
+    """
+    sizes = np.bincount(labels)
+    open_ = sorted(set(range(len(sizes))) - set(labels[list(fixed)].tolist()), key=lambda c: (-sizes[c], c))
     distances = sq_dists(x, x)
     regularizer = np.zeros(len(x))
     for _ in range(rounds):
         picks = []
-        for c in range(labels.max() + 1):
+        for c in sorted(open_[:count]):
             members = np.flatnonzero(labels == c)
             score = utility[members] - weight * regularizer[members]
             picks.append(members[score.argmax()])
         new = np.zeros(len(x))
         for i in range(len(x)):
-            reach = sorted(picks, key=lambda s, i=i: distances[i, s])
+            repelling = sorted([*picks, *fixed], key=lambda s: (labels[s], s))
+            reach = sorted(repelling, key=lambda s, i=i: distances[i, s])
             for s in reach[: horizon_picks or None]:
                 if distances[i, s] == 0 or (exclude_own_cluster and labels[s] == labels[i]):
                     continue

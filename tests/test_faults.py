@@ -394,7 +394,7 @@ nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
 def kill_one():
-    while len(list(Path(run).glob(until))) < 2:
+    while len(list(Path(run).glob(until))) < int(sys.argv[6]):
         time.sleep(0.01)
     if not (Path(run) / until.split("/")[0] / "manifest.json").exists():
         cluster.remove_node(nodes[0], allow_graceful=False)
@@ -411,10 +411,11 @@ cluster.shutdown()
 """
 
 
-def kill_a_node(source: dict, run: Path, until: str, options: dict) -> None:
-    """Run on two nodes of one CPU each, and kill one when two files of the run match `until`."""
+def kill_a_node(source: dict, run: Path, until: str, options: dict, count: int = 2) -> None:
+    """Run on two nodes of one CPU each, and kill one when `count` files of the run match `until`."""
     (kind, where), options = *source.items(), {**options, "resources.workers": 2}
-    script = [sys.executable, "-c", NODE_KILLED, kind, where, str(run), until, json.dumps(options)]
+    words = [kind, where, str(run), until, json.dumps(options), str(count)]
+    script = [sys.executable, "-c", NODE_KILLED, *words]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     answer = subprocess.run(script, capture_output=True, text=True, timeout=400, check=False, env=environment)
     assert answer.returncode == 0, answer.stderr[-3000:]
@@ -479,6 +480,28 @@ def test_a_whole_node_killed_while_joining(expected_densities, vectors, tmp_path
     options = {**LISTS, "selection.budget": 6}
     kill_a_node({"embeddings": str(vectors)}, tmp_path / "run", "density/work/group-*", options)
     assert np.array_equal(densities(Run(str(tmp_path / "run"))), expected_densities)
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_selecting(vectors, expected_of_vectors, tmp_path):
+    """Its rows are read again on the other node, and meet the picks of all rounds so far."""
+    run, options = tmp_path / "run", {**SETTINGS, "selection.budget": BUDGET}
+    kill_a_node({"embeddings": str(vectors)}, run, "selection/begun.json", options, 1)
+    assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
+
+
+@pytest.mark.faults
+def test_driver_killed_among_nested_budgets(vectors, two_cpus, tmp_path):
+    settings = {**SETTINGS, "selection.budgets": [200, 400, 600]}
+    source = pipeline.Source(embeddings=str(vectors))
+    quiet = advance(tmp_path / "quiet", source=source, **settings, **{"selection.budget": None})
+    run = tmp_path / "run"
+    words = command(["--embeddings", str(vectors)], run, settings, 0)
+    del words[words.index("--budget") : words.index("--budget") + 2]
+    for table in ("clusters-200", "selection-400", "clusters"):
+        kill_driver_in(words, run, table, 0)
+    finish(words)
+    assert picks_of(Run(str(run))) == picks_of(quiet)
 
 
 @pytest.mark.faults

@@ -28,9 +28,14 @@ VARIANTS = {
 }
 
 
-def run(x, labels, utility, parts=1, *, rounds, weight, momentum, **repulsion):
+def run(x, labels, utility, parts=1, *, rounds, weight, momentum, prune=True, **repulsion):
     """Select among rows that are spread over `parts` processes."""
-    held = [
+    held = hold(x, labels, utility, parts, momentum=momentum, prune=prune, **repulsion)
+    return select(x, held, rounds=rounds, weight=weight)
+
+
+def hold(x, labels, utility, parts=1, *, momentum, prune=True, **repulsion):
+    return [
         Candidates(
             x[rows],
             rows,
@@ -38,11 +43,14 @@ def run(x, labels, utility, parts=1, *, rounds, weight, momentum, **repulsion):
             utility[rows],
             momentum=momentum,
             parameters=Repulsion(**repulsion),
+            prune=prune,
         )
         for rows in np.array_split(np.arange(len(x)), parts)
         if len(rows)
     ]
 
+
+def select(x, held, *, rounds, weight):
     def nominate(weight):
         picks = Picks.none()
         for candidates in held:
@@ -55,17 +63,18 @@ def run(x, labels, utility, parts=1, *, rounds, weight, momentum, **repulsion):
 
     return selection.rounds(
         nominate,
-        lambda picks: PickedVectors(picks.cluster_ids, x[picks.image_ids]),
+        lambda picks: PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids]),
         repel,
         n_rounds=rounds,
         weight=weight,
     )
 
 
-def world(seed, n=150, m=9, d=6):
+def world(seed, n=150, m=9, d=6, copies=0):
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(m, d))
     x = unit(centers[rng.integers(0, m, n)] + 0.4 * rng.normal(size=(n, d)))
+    x[n - copies :] = x[:copies]
     clustering = kmeans.lloyd(
         kmeans.Rows(x, np.arange(n), n).step,
         x[kmeans.initial_rows(n, m, seed)],
@@ -120,18 +129,58 @@ def test_laws(seed):
     assert order[shuffled.image_ids].tolist() == run(x, labels, utility, **cifar).image_ids.tolist()
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.fixed_dictionaries(
+        {
+            "rounds": st.integers(1, 6),
+            "weight": st.sampled_from([1e-3, 0.05, 0.5, 3.0]),
+            "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+            "alpha": st.sampled_from([0.5, 1.0, 1.7]),
+            "horizon_sq_dist": st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+            "horizon_picks": st.sampled_from([0, 1, 2, 5, 30]),
+            "exclude_own_cluster": st.booleans(),
+        }
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_pruning_changes_nothing(seed, options):
+    """Against the oracle and against meeting all picks in every round; a fifth of the rows are copies."""
+    x, labels, utility = world(seed, n=70, m=7, copies=14)
+    expected = oracle.select(x, labels, utility, **options)
+    found = run(x, labels, utility, **options)
+    assert found.image_ids.tolist() == expected.tolist()
+    everything = run(x, labels, utility, prune=False, **options)
+    assert found.image_ids.tolist() == everything.image_ids.tolist()
+    assert found.utilities.tolist() == everything.utilities.tolist()
+
+
+@pytest.mark.parametrize("variant", ["cifar100", "clip"])
+def test_pruning_compares_few(variant):
+    x, labels, utility = world(0, n=4000, m=20, d=16)
+    options = {key: value for key, value in VARIANTS[variant].items() if key not in ("rounds", "weight")}
+    compared = {}
+    for prune in (True, False):
+        (held,) = hold(x, labels, utility, prune=prune, **options)
+        select(x, [held], rounds=4, weight=VARIANTS[variant]["weight"])
+        compared[prune] = held.compared
+    assert compared[False] >= 3 * 4000 * 20
+    assert compared[True] < compared[False] / 10
+
+
 def test_moving_average_reaches_one_minus_momentum_to_the_power():
     x, labels, utility = world(0)
     candidates = Candidates(
         x, np.arange(len(x)), labels, utility, momentum=0.9, parameters=Repulsion(0.5, 0, 0, True)
     )
     picks = candidates.nominate(0.0)
-    picked = PickedVectors(picks.cluster_ids, x[picks.image_ids])
+    picked = PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids])
     candidates.repel(picked)
-    once = candidates.repulsion.copy()
+    everything = np.arange(len(x))
+    once = candidates.exact_repulsion(everything)
     for _ in range(8):
         candidates.repel(picked)
-    assert np.allclose(candidates.repulsion, once / 0.1 * (1 - 0.9**9))
+    assert np.allclose(candidates.exact_repulsion(everything), once / 0.1 * (1 - 0.9**9))
 
 
 def test_more_weight_pushes_picks_apart():
@@ -158,16 +207,19 @@ def test_duplicates_of_a_pick_are_not_pushed_by_it():
         momentum=0.0,
         parameters=Repulsion(0.5, 0, 0, False),
     )
-    candidates.repel(PickedVectors(np.array([0, 1], np.int32), x[[0, 3]]))
-    assert candidates.repulsion[0] == candidates.repulsion[1] == pytest.approx(1 / np.sqrt(2))
-    assert candidates.repulsion[2] > 5
+    candidates.repel(PickedVectors(np.array([0, 1], np.int32), np.array([0, 3]), x[[0, 3]]))
+    repulsion = candidates.exact_repulsion(np.arange(4))
+    assert repulsion[0] == repulsion[1] == pytest.approx(1 / np.sqrt(2))
+    assert repulsion[2] > 5
 
 
 def test_window_is_taken_before_the_own_cluster_is_left_out():
-    sq_dists = np.array([[0.1, 0.2, 0.4]])
-    own = np.array([[True, False, False]])
-    push, _ = selection.repulsion_of(sq_dists, own, Repulsion(1.0, 0.0, 2, True))
-    assert push[0] == pytest.approx(1 / 0.2)
+    x = np.float32([[0.3], [-0.4], [0.6]])
+    picked = PickedVectors(np.arange(3, dtype=np.int32), np.arange(3), x)
+    push = selection.direct_repulsion(
+        np.zeros((1, 1), np.float32), np.int32([0]), picked, Repulsion(1.0, 0.0, 2)
+    )
+    assert push[0] == pytest.approx(1 / 0.16)
 
 
 def test_near_duplicates_of_picks_are_judged_by_direct_differences():
@@ -189,11 +241,11 @@ def test_scaled_weight_is_in_units_of_what_picks_feel():
     x, labels, _ = world(2)
     parameters = Repulsion(0.5, 0, 0, True)
     picks = np.array([np.flatnonzero(labels == c)[0] for c in range(9)])
-    picked = PickedVectors(np.arange(9, dtype=np.int32), x[picks])
+    picked = PickedVectors(np.arange(9, dtype=np.int32), picks, x[picks])
     pairs = oracle.sq_dists(x[picks], x[picks])
     np.fill_diagonal(pairs, np.inf)
     assert selection.repulsion_unit(picked, parameters) == pytest.approx(np.median((pairs**-0.5).sum(axis=1)))
-    alone = PickedVectors(np.zeros(1, np.int32), x[:1])
+    alone = PickedVectors(np.zeros(1, np.int32), np.zeros(1, np.int64), x[:1])
     assert selection.repulsion_unit(alone, parameters) == 1.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import ray
@@ -19,28 +20,38 @@ from selective_ray.store import Manifest, Run, Stopwatch
 CENTROIDS = "centroids.npy"
 
 
+def what_of(config: Config, budget: int, labeled: int) -> dict[str, Any]:
+    """Return what a clustering depends on, as its manifest has it."""
+    return {
+        "selection": {"budget": budget, **({"labeled": labeled} if labeled else {})},
+        "cluster": config.cluster.model_dump(),
+        "seed": config.seed,
+    }
+
+
 def cluster(
     run: Run,
     config: Config,
     pool: Pool,
     reporter: Reporter,
     *,
+    budget: int,
+    labeled: int = 0,
+    table: str = "clusters",
     earlier: Run | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Cluster the embeddings into as many clusters as the budget, into `clusters/` and `centroids.npy`."""
+    """Cluster the embeddings into a table `clusters/` and its `centroids.npy`.
+
+    There are as many clusters as the budget and the labeled images, so that enough are free of these.
+    """
     embeddings = run.manifest("embeddings")
     assert embeddings is not None
-    n, budget = embeddings.rows, config.selection.budget
-    assert budget is not None
-    what = {
-        "selection": {"budget": budget},
-        "cluster": config.cluster.model_dump(),
-        "seed": config.seed,
-    }
-    if done := run.begin("clusters", what, run.fingerprints("embeddings"), earlier):
+    n, m = embeddings.rows, budget + labeled
+    what = what_of(config, budget, labeled)
+    if done := run.begin(table, what, run.fingerprints("embeddings"), earlier):
         return done
-    stopwatch = Stopwatch(run, "clusters")
+    stopwatch = Stopwatch(run, table)
     with reporter.stage("cluster", config.cluster.iterations, "iterations") as bar:
         pool.start()
 
@@ -57,7 +68,7 @@ def cluster(
 
         clustering = kmeans.lloyd(
             step,
-            pool.rows_at(kmeans.initial_rows(n, budget, config.seed))[1],
+            pool.rows_at(kmeans.initial_rows(n, m, config.seed))[1],
             n=n,
             iterations=config.cluster.iterations,
             tolerance=config.cluster.tolerance,
@@ -65,18 +76,18 @@ def cluster(
             watch=watch,
         )
         sent = [ray.put(clustering.assigned_by), ray.put(clustering.centroids)]
-        answers = pool.all(lambda actor: actor.write_clusters.remote(*sent))
+        answers = pool.all(lambda actor: actor.write_clusters.remote(table, *sent))
     buffer = io.BytesIO()
     np.save(buffer, clustering.centroids)
-    run.write_bytes(buffer.getvalue(), "clusters", CENTROIDS)
+    run.write_bytes(buffer.getvalue(), table, CENTROIDS)
     last = clustering.history[-1]
     return run.finish(
-        "clusters",
+        table,
         [shard for shards, _ in answers for shard in shards],
         seconds=stopwatch.seconds(),
         peak_memory_bytes={"driver": peak_memory(), "largest_worker": max(peak for _, peak in answers)},
         summary={
-            "clusters": budget,
+            "clusters": m,
             "iterations": last.number,
             "mean_sq_dist_to_centroid": last.inertia,
             "smallest_cluster": last.smallest,

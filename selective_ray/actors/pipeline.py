@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from selective_ray import listing, objects, report
+from selective_ray import labeled, listing, objects, report
 from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since
 from selective_ray.actors.brought import bring_file, refer_to_run
 from selective_ray.actors.images import list_source
@@ -18,7 +18,7 @@ from selective_ray.lease import Lease
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter
 from selective_ray.reading import Read
-from selective_ray.store import TABLES, Run
+from selective_ray.store import Run, stage_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,11 @@ def advance(
     `selection` adds the report. asked are the keys of the configuration that a person chose. Raises
     UserError where the run is in use, was made with another configuration, or the data do not allow it.
     """
-    earlier = _earlier_run(source, config.resources.access())
-    before = Run(source.since, config.resources.access()) if source.since else None
+    access = config.resources.access()
+    file = config.selection.labeled
+    marked = labeled.read(file, access) if file and upto in ("clusters", "selection") else labeled.NONE
+    earlier = _earlier_run(source, access)
+    before = Run(source.since, access) if source.since else None
     if before:
         since.check(before, embeddings.identity(config))
     run.prepare()
@@ -60,24 +63,38 @@ def advance(
             chosen = listing.Source(source.images or "", **config.images.model_dump())
             listed = list_source(run, chosen, config, session, reporter, before)
             if upto in ("clusters", "selection"):
-                _check_budget(config, listed.rows, "images found")
+                _check_budget(config, len(marked), listed.rows, "images found")
+                labeled.find(run, marked)
             if upto in ("density", "selection"):
                 settings = config.density
                 possible_k(settings.k, listed.rows, settings.include_self, "density.k" in asked)
             embeddings.embed(run, config, session, reporter, earlier=before, check=lease.check, read=read)
             duplicates.find(run, session)
+        steps: list[selection.Step] = []
         if upto in ("clusters", "selection"):
-            _check_budget(config, run.manifest("embeddings").rows, "embedded images")
+            _check_budget(config, len(marked), run.manifest("embeddings").rows, "embedded images")
+            steps = selection.steps(config, labeled.find(run, marked))
+            _check_extends(run, config, steps)
         pool = Pool(run, config.resources, session)
         if upto in ("density", "selection"):
             density.measure(run, config, pool, reporter, asked=asked, earlier=earlier, check=lease.check)
-        if upto in ("clusters", "selection"):
-            kmeans.cluster(run, config, pool, reporter, earlier=earlier, check=lease.check)
-        if upto == "selection":
-            selection.select(run, config, pool, reporter, check=lease.check)
-            pool.stop()
-            if not run.exists("report", "index.html"):
-                write_report(run, config.seed, reporter)
+        for step in steps:
+            kmeans.cluster(
+                *(run, config, pool, reporter),
+                budget=step.budget,
+                labeled=len(marked),
+                table=step.clusters,
+                earlier=earlier,
+                check=lease.check,
+            )
+            if upto == "selection":
+                if step is steps[-1] and run.manifest(step.selection) is None:
+                    # It was about a smaller budget, if there is one.
+                    run.delete("report", "index.html")
+                selection.select(run, config, step, pool, reporter, check=lease.check)
+        pool.stop()
+        if upto == "selection" and not run.exists("report", "index.html"):
+            write_report(run, config.seed, reporter)
 
 
 def _earlier_run(source: Source, access: Access) -> Run | None:
@@ -93,10 +110,38 @@ def _earlier_run(source: Source, access: Access) -> Run | None:
     return earlier
 
 
-def _check_budget(config: Config, n: int, what: str) -> None:
-    budget = config.selection.budget
-    if budget and budget > n:
-        raise UserError(f"budget {budget} exceeds the {n} {what}; lower --budget to {n} or fewer")
+def _check_budget(config: Config, marked: int, n: int, what: str) -> None:
+    budget = config.selection.every_budget()[-1]
+    if budget + marked > n:
+        room = max(0, n - marked)
+        besides = f" besides the {marked} labeled" if marked else ""
+        raise UserError(
+            f"budget {budget} exceeds the {room} {what}{besides}; "
+            + (f"lower --budget to {room} or fewer" if room else "there is nothing left to label")
+        )
+
+
+def _check_extends(run: Run, config: Config, steps: list[selection.Step]) -> None:
+    """Refuse budgets that do not begin with those this run was made for, before anything is made or moved."""
+    tables = [table for table in run.tables() if stage_of(table) in ("clusters", "selection")]
+    if len(steps) == 1 and len(tables) == 2:
+        # Another budget in place of one is told of where its tables are begun.
+        return
+    there = {table: manifest for table in tables if (manifest := run.manifest(table))}
+    made = sorted({manifest.what["selection"]["budget"] for manifest in there.values()})
+    asked = [step.budget for step in steps]
+    if made != asked[: len(made)]:
+        lists = (", ".join(f"{budget:,}" for budget in budgets) for budgets in (made, asked))
+        raise UserError(
+            "{0} was made for the budgets {1}, and {2} does not begin with these; add larger ones, or "
+            "choose another --run, with --embeddings {0} to use its embeddings again".format(run.uri, *lists)
+        )
+    for table, manifest in there.items():
+        step = steps[asked.index(manifest.what["selection"]["budget"])]
+        if stage_of(table) == "clusters":
+            run.check_same(table, kmeans.what_of(config, step.budget, len(step.labeled)))
+        else:
+            run.check_same(table, selection.what_of(config, step))
 
 
 def write_report(run: Run, seed: int, reporter: Reporter) -> bool:
@@ -113,7 +158,7 @@ def write_report(run: Run, seed: int, reporter: Reporter) -> bool:
 
 def summarize(run: Run) -> dict[str, Any]:
     """Return the counts and seconds of all tables that are finished."""
-    manifests = {table: run.manifest(table) for table in TABLES}
+    manifests = {table: run.manifest(table) for table in run.tables()}
     found = {table: manifest for table, manifest in manifests.items() if manifest}
     counts: dict[str, Any] = {}
     for table in ("images", "embeddings", "rejected", "duplicates", "clusters", "selection"):
@@ -126,7 +171,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "made_here": [
             table
             for table in found
-            if table not in ("rejected", "duplicates", "neighbors") and not found[table].refers_to
+            if stage_of(table) not in ("rejected", "duplicates", "neighbors", "utilities")
+            and not found[table].refers_to
         ],
         "seconds": {table: manifest.seconds for table, manifest in found.items()},
         "report": run.path("report", "index.html") if run.exists("report", "index.html") else None,

@@ -33,7 +33,7 @@ from selective_ray.config import Resources
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.neighbors import Nearest
-from selective_ray.schema import CLUSTERS, Neighbors, Partial, Picks
+from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates, Repulsion
 from selective_ray.store import Run, Shard
 
@@ -49,13 +49,19 @@ class Shrunk(Exception):
 
 @dataclass(frozen=True)
 class Judging:
-    """How rows are judged: the column of `density/`, its unit and floor, and the repulsion."""
+    """How rows are judged: by which clusters, column of `density/`, unit and floor, and by what repulsion.
 
+    open int32: the clusters that take part, None: all. prune: see `Candidates`.
+    """
+
+    clusters: str
     column: str
     unit: float
     floor: float
     momentum: float
     repulsion: Repulsion
+    open: np.ndarray | None
+    prune: bool
 
 
 def _kernels() -> tuple[Callable[..., Nearest], Callable[..., Iterator[tuple]]]:
@@ -88,6 +94,7 @@ class ShardHolder:
         self.by_list: RowsByList | None = None
         self.clustering: kmeans.Rows | None = None
         self.candidates: Candidates | None = None
+        self.judged_by = ""
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -200,7 +207,9 @@ class ShardHolder:
             self.clustering = kmeans.Rows(self.x, self.image_ids, self.n)
         return self.clustering.step(centroids, candidates)
 
-    def write_clusters(self, assigned_by: np.ndarray, centroids: np.ndarray) -> tuple[list[Shard], int]:
+    def write_clusters(
+        self, table: str, assigned_by: np.ndarray, centroids: np.ndarray
+    ) -> tuple[list[Shard], int]:
         """Write the clusters of the shards held here: labels by `assigned_by`, distances to `centroids`."""
         labels = kmeans.assign(self.x, assigned_by)
         sq_dists = sq_dists_direct(self.x, np.arange(len(self.x)), centroids, labels)
@@ -212,7 +221,7 @@ class ShardHolder:
         self.clustering = None
         written = [
             self.run.write_shard(
-                "clusters", shard, pa.table({key: value[rows] for key, value in columns.items()}, CLUSTERS)
+                table, shard, pa.table({key: value[rows] for key, value in columns.items()}, CLUSTERS)
             )
             for shard, rows in self.rows.items()
         ]
@@ -224,35 +233,64 @@ class ShardHolder:
         """Count the densities of the rows held here, for their median."""
         return density.half_counts(self._column("density", column), high)
 
-    def nominate(self, weight: float, judging: Judging, history: list[ray.ObjectRef]) -> Picks:
-        """Nominate among the rows held here, after the picks of all earlier rounds have repelled them."""
-        return self._candidates(judging, history).nominate(weight)
+    def nominate(self, weight: float, judging: Judging, history: list[ray.ObjectRef]) -> tuple[Picks, int]:
+        """Nominate among the rows held here, after the picks of all earlier rounds have repelled them.
 
-    def vectors(self, picks: Picks) -> tuple[np.ndarray, np.ndarray]:
-        """Return the picks held here: their places in `picks` int64 [p], and x float32 [p, d]."""
-        place, rows = selection.find(self.image_ids, picks)
+        Also returns how many pairs of row and pick have been compared for it.
+        """
+        candidates = self._candidates(judging, history)
+        before = candidates.compared
+        return candidates.nominate(weight), candidates.compared - before
+
+    def clusters_of(
+        self, table: str, image_ids: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return places in image_ids and clusters of the images held here, and the sizes of all clusters."""
+        clusters = self._column(table, "cluster_id")
+        place, rows = selection.find(self.image_ids, image_ids)
+        return place, clusters[rows], np.bincount(clusters, minlength=count)
+
+    def vectors(self, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images held here: their places in image_ids int64 [p], and x float32 [p, d]."""
+        place, rows = selection.find(self.image_ids, image_ids)
         return place, self.x[rows]
 
     def measured(
-        self, picks: Picks, judging: Judging, history: list[ray.ObjectRef]
+        self, image_ids: np.ndarray, judging: Judging, history: list[ray.ObjectRef]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Return places of the picks held here, their squared distances and repulsions, and peak memory."""
-        place, rows = selection.find(self.image_ids, picks)
+        """Return places of the images held here, their squared distances and repulsions, and peak memory."""
+        place, rows = selection.find(self.image_ids, image_ids)
         repulsions = self._candidates(judging, history).exact_repulsion(rows)
         return place, self._column("density", judging.column)[rows], repulsions, peak_memory()
 
+    def write_utilities(
+        self, table: str, weight: float, judging: Judging, history: list[ray.ObjectRef]
+    ) -> list[Shard]:
+        """Write repulsion and utility of all rows held here, as they were when the last round picked."""
+        repulsion, utility = self._candidates(judging, history).judged(weight)
+        columns = {"image_id": self.image_ids, "repulsion": repulsion, "utility": utility}
+        return [
+            self.run.write_shard(
+                table, shard, pa.table({key: value[rows] for key, value in columns.items()}, UTILITIES)
+            )
+            for shard, rows in self.rows.items()
+        ]
+
     def _candidates(self, judging: Judging, history: list[ray.ObjectRef]) -> Candidates:
         """Return the rows with all rounds so far behind them, whatever this actor has already seen."""
-        if self.candidates is None:
+        if self.candidates is None or self.judged_by != judging.clusters:
             sq_dists = self._column("density", judging.column)
             self.candidates = Candidates(
                 self.x,
                 self.image_ids,
-                self._column("clusters", "cluster_id"),
+                self._column(judging.clusters, "cluster_id"),
                 density.relative(sq_dists, unit=judging.unit, floor=judging.floor),
                 momentum=judging.momentum,
                 parameters=judging.repulsion,
+                open=judging.open,
+                prune=judging.prune,
             )
+            self.judged_by = judging.clusters
         for picked in history[len(self.candidates.history) :]:
             self.candidates.repel(ray.get(picked))
         return self.candidates
@@ -310,7 +348,7 @@ class Pool:
         ]
 
     def _rows_alone(self, rows: int, _: int) -> int:
-        return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 64) + 2**28
+        return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 160) + 2**28
 
     def _check_room(self, count: int, memory: int) -> None:
         there = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
