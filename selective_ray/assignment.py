@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from selective_ray.distances import flat_nonzero, product_error, sq_dists_direct
+from selective_ray.distances import flat_nonzero, nearest_pairs, product_error
 from selective_ray.neighbors import TILE_PRODUCTS, TILE_QUERIES
 
 # Groups of centroids: with a float32 and so many int16 the bounds of a row take 16 bytes.
@@ -251,12 +251,8 @@ class _Block:
         row = np.concatenate([row, rivals])
         column = np.concatenate([column, self.labels[rivals]])
         score = np.concatenate([score, self.own[rivals]])
-        exact = np.zeros(len(row))
-        close = np.flatnonzero(np.bincount(row, minlength=len(self.x))[row] > 1)
-        exact[close] = sq_dists_direct(self.x, row[close], self.moves.centroids, column[close])
-        order = np.lexsort((column, exact, row))
-        row, first = np.unique(row[order], return_index=True)
-        column, score = column[order[first]], score[order[first]]
+        chosen = nearest_pairs(self.x, row, self.moves.centroids, column)
+        row, column, score = row[chosen], column[chosen], score[chosen]
         changed = np.flatnonzero(column != self.labels[row])
         row, column, score = row[changed], column[changed], score[changed]
         before = self.labels[row]

@@ -64,14 +64,18 @@ class _Clusters:
         )
         return self.x[positions]
 
+    def _split(self, split: two_level.Split) -> kmeans.Rows:
+        if self.within is None:
+            labels = self.rows.labels(split.centroids)
+            self.within = two_level.inside(self.rows, labels, split.first, len(self.x))
+        return self.within
+
     def _start_inside(self, split: two_level.Split) -> np.ndarray:
-        n = len(self.x)
-        self.within = two_level.inside(self.rows, self.rows.labels(split.centroids), split.first, n)
-        drawn = self.within.assignment.draw(np.arange(n), self.config.seed)
+        drawn = self._split(split).assignment.draw(np.arange(len(self.x)), self.config.seed)
         return self.x[two_level.merge_draws([drawn], split.first)]
 
-    def _inside(self, _: two_level.Split, *asked: Any) -> Partial:
-        return self.within.step(*asked)
+    def _inside(self, split: two_level.Split, *asked: Any) -> Partial:
+        return self._split(split).step(*asked)
 
 
 @dataclass(frozen=True)

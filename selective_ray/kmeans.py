@@ -7,6 +7,7 @@ is `Rows.step` over an array in memory; on Ray it is a sum over the actors that 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,14 @@ def fixed_point_bits(n: int) -> int:
 def coincident_sq_dist(n: int, d: int) -> float:
     """Return the squared distance under which the fixed point cannot tell a row from its centroid."""
     return 4.0 * d * 4.0 ** -(fixed_point_bits(n) + 1)
+
+
+def holder_bytes(rows: int, d: int, c: int) -> int:
+    """Bytes that a process takes which holds so many rows: they, their bounds and labels; sums and centroids.
+
+    Of the centroids it has two sets, one of them by groups, too, and in parts those of repairs or starts.
+    """
+    return rows * (4 * d + 64) + c * d * (8 + 4 * 4) + 2**28
 
 
 class Rows:
@@ -120,7 +129,7 @@ class Iteration:
 
     inertia is the mean squared distance of the rows to the centroids they were assigned to; shift the root
     mean square of how far the centroids then moved; share how many of the n·c distances were computed, which
-    depends on who did the work.
+    like the seconds depends on who did the work.
     """
 
     number: int
@@ -130,6 +139,7 @@ class Iteration:
     smallest: int
     largest: int
     share: float = field(compare=False)
+    seconds: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -199,13 +209,14 @@ def lloyd(
                 "lower --budget or try another --seed"
             )
         centroids = updated
-        keep(centroids, history)
+        keep(centroids, list(history))
 
 
 def iterate(
     step: Step, centroids: np.ndarray, n: int, number: int, *, repair: bool = True
 ) -> tuple[np.ndarray, Iteration]:
     """Assign and update once, range by range of clusters; without repair empty clusters stay as they are."""
+    begun = time.monotonic()
     c, d = centroids.shape
     updated, counts = np.empty_like(centroids), np.empty(c, np.int64)
     spread, moved, products = 0.0, 0.0, 0
@@ -228,6 +239,7 @@ def iterate(
         int(counts.min()),
         int(counts.max()),
         products / (n * c),
+        time.monotonic() - begun,
     )
 
 

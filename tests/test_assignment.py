@@ -3,11 +3,12 @@
 import numpy as np
 import oracle
 import pytest
+import torch
 from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selective_ray import assignment, kmeans
+from selective_ray import assignment, device, kmeans
 
 
 def nearest(x, centroids):
@@ -36,27 +37,61 @@ def moving(rng, x, c, kind):
             centroids[some] = a if rng.random() < 0.5 else (a + b) / 2
 
 
+def examples(seed):
+    rng = np.random.default_rng(seed)
+    d = int(rng.choice([2, 5, 24]))
+    x = unit(rng.normal(size=(int(rng.integers(1, 60)), d)))
+    return rng, x[rng.integers(0, len(x), 90)]
+
+
+def check(kept, rng, x, kind):
+    for centroids in moving(rng, x, int(rng.integers(1, 30)), kind):
+        then = kept.labels.copy()
+        changed, before = kept.assign(centroids)
+        assert kept.labels.tolist() == nearest(x, centroids).tolist()
+        assert changed.tolist() == np.flatnonzero(kept.labels != then).tolist()
+        assert before.tolist() == then[changed].tolist()
+
+
 @pytest.mark.parametrize("kind", ["wander", "ties", "rows"])
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=25, deadline=None)
 def test_bounds_change_nothing(kind, seed):
-    rng = np.random.default_rng(seed)
-    d = int(rng.choice([2, 5, 24]))
-    x = unit(rng.normal(size=(int(rng.integers(1, 60)), d)))
-    x = x[rng.integers(0, len(x), 90)]
+    rng, x = examples(seed)
     with pytest.MonkeyPatch.context() as patch:
         # Groups, tiles and blocks as small as the example.
         patch.setattr(assignment, "GROUP_CENTROIDS", int(rng.integers(1, 5)))
         patch.setattr(assignment, "TILE_QUERIES", 3)
         patch.setattr(assignment, "TILE_PRODUCTS", 20)
-        patch.setattr(assignment, "BLOCK_ENTRIES", int(rng.integers(1, 40)) * d)
-        kept = assignment.Assignment(x)
-        for centroids in moving(rng, x, int(rng.integers(1, 30)), kind):
-            then = kept.labels.copy()
-            changed, before = kept.assign(centroids)
-            assert kept.labels.tolist() == nearest(x, centroids).tolist()
-            assert changed.tolist() == np.flatnonzero(kept.labels != then).tolist()
-            assert before.tolist() == then[changed].tolist()
+        patch.setattr(assignment, "BLOCK_ENTRIES", int(rng.integers(1, 40)) * x.shape[1])
+        check(assignment.Assignment(x), rng, x, kind)
+
+
+def cut(values):
+    """What a tensor core sees of a float32: 10 bits of its mantissa, the others cut off."""
+    return (values.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("rounding", [lambda values: values, cut], ids=["float32", "TF32"])
+@pytest.mark.parametrize("kind", ["wander", "ties", "rows"])
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=8, deadline=None)
+def test_a_device_changes_nothing(kind, rounding, seed):
+    """On the CPU, by torch; with products as inexact as those of a GPU, too."""
+    rng, x = examples(seed)
+    addmm = torch.addmm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "addmm", lambda a, x, y, **how: addmm(a, rounding(x), rounding(y.T).T, **how))
+        patch.setattr(device, "TILE_SCORES", int(rng.integers(1, 200)))
+        check(device.DeviceAssignment(x, "cpu"), rng, x, kind)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+@pytest.mark.parametrize("kind", ["wander", "ties", "rows"])
+def test_a_gpu_changes_nothing(kind):
+    for seed in range(20):
+        rng, x = examples(seed)
+        check(device.DeviceAssignment(x, "cuda"), rng, x, kind)
 
 
 def test_lloyd_by_bounds_equals_lloyd_by_all_distances_and_computes_fewer(blobs):

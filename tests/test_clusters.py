@@ -1,4 +1,4 @@
-"""The cluster stage on Ray: the clusters of the loop in memory, whatever holds the rows or ends the driver."""
+"""The cluster stage on Ray: the clusters of the loop in memory, whatever holds the rows or is stopped."""
 
 import numpy as np
 import pytest
@@ -48,8 +48,10 @@ def labels(run: Run) -> np.ndarray:
     return np.concatenate([run.read_shard("clusters", i)["cluster_id"].to_numpy() for i in shards])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("shard_rows", "workers"), [(1500, 1), (750, 2), (220, 7)])
+@pytest.mark.parametrize(
+    ("way", "shard_rows", "workers"),
+    [("plain", 1500, 1), ("plain", 750, 2), *((way, 220, 2) for way in WAYS)],
+)
 def test_same_clusters_for_any_shards_and_workers(
     way, shard_rows, workers, two_cpus, x, file, tmp_path, monkeypatch
 ):
@@ -75,9 +77,11 @@ def test_same_clusters_for_any_shards_and_workers(
     assert not run.exists("clusters", "work")
 
 
-@pytest.mark.parametrize("way", ["plain", "two levels"])
-def test_an_interrupted_run_continues_at_its_iteration(way, two_cpus, x, file, tmp_path, monkeypatch):
-    """At every fifth iteration the driver stops; the last file that it kept is cut short once."""
+@pytest.mark.parametrize(("way", "stop_after"), [("plain", 8), ("two levels", 13)])
+def test_an_interrupted_run_continues_at_its_iteration(
+    way, stop_after, two_cpus, x, file, tmp_path, monkeypatch
+):
+    """Every few iterations the driver stops; the last file that it kept is cut short once."""
     attempts: list[list[int]] = []
 
     def interrupted(*arguments, watch, **rest):
@@ -87,7 +91,7 @@ def test_an_interrupted_run_continues_at_its_iteration(way, two_cpus, x, file, t
         def stop(iteration):
             watch(iteration)
             seen.append(iteration.number)
-            if len(seen) == 5:
+            if len(seen) == stop_after:
                 raise KeyboardInterrupt
 
         return whole(*arguments, watch=stop, **rest)
@@ -114,6 +118,6 @@ def test_an_interrupted_run_continues_at_its_iteration(way, two_cpus, x, file, t
     assert labels(run).tolist() == expected.tolist()
     assert np.array_equal(np.load(run.path("clusters", "centroids.npy")), clustering.centroids)
     if way == "plain":
-        # The fifth was not kept; the fourth was cut short.
-        assert [seen[0] for seen in attempts] == [1, 4, 8, 12]
+        # What the eighth led to was not kept, and what the seventh led to was cut short.
+        assert [seen[0] for seen in attempts] == [1, 7, 14]
         assert run.manifest("clusters").summary["iterations"] == 15

@@ -44,6 +44,27 @@ def test_exactly_m_clusters_and_an_objective_close_to_that_of_lloyd(m):
     assert len(levels.history) <= two_level.FULL_ITERATIONS + 2
 
 
+def test_continues_from_whatever_was_reached():
+    x = rows(800)
+    settings, _ = config.load(options={"cluster.two_level": 50})
+    kept = []
+
+    def attempt(reached=None):
+        clusters = in_memory._Clusters(x, settings)
+        steps = two_level.Steps(clusters.rows.step, clusters._inside, clusters._start, clusters._start_inside)
+        how = {"n": 800, "m": 90, "split_from": 50, "iterations": 9, "tolerance": 0.0}
+        return two_level.cluster(
+            steps, **how, final_assignment=True, reached=reached, keep=lambda reached: kept.append(reached)
+        )
+
+    expected = attempt()
+    numbers = [reached.number for reached in kept]
+    assert numbers == sorted(set(numbers))
+    assert {reached.phase for reached in kept} == {"coarse", "inside", "full"}
+    for reached in kept[::4]:
+        assert np.array_equal(attempt(reached).centroids, expected.centroids)
+
+
 def test_budget_of_every_row():
     x = rows(60)
     found = clustering(x, 60, two_level=50)

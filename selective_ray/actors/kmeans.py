@@ -56,7 +56,8 @@ def cluster(
     kept = _Kept(run)
     expected = two_level.ITERATIONS if two_levels else settings.iterations
     with reporter.stage("cluster", expected, "iterations", kept.done) as bar:
-        pool.start()
+        d = embeddings.summary["dimension"]
+        pool.start(lambda rows: kmeans.holder_bytes(rows, d, budget))
 
         def watch(iteration: kmeans.Iteration) -> None:
             _say(bar, iteration)
@@ -97,7 +98,7 @@ def cluster(
             "share_of_distances": round(sum(iteration.share for iteration in history) / len(history), 4),
             "history": {
                 key: [getattr(iteration, key) for iteration in history]
-                for key in ("inertia", "shift", "share")
+                for key in ("inertia", "shift", "share", "seconds")
             },
         },
     )
@@ -217,5 +218,5 @@ class _Kept:
 
 
 def _iteration(numbers: list[float]) -> kmeans.Iteration:
-    number, inertia, shift, empty, smallest, largest, share = numbers
-    return kmeans.Iteration(int(number), inertia, shift, int(empty), int(smallest), int(largest), share)
+    number, inertia, shift, empty, smallest, largest, *rest = numbers
+    return kmeans.Iteration(int(number), inertia, shift, int(empty), int(smallest), int(largest), *rest)

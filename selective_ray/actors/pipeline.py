@@ -68,7 +68,8 @@ def advance(
             duplicates.find(run, session)
         if upto in ("clusters", "selection"):
             _check_budget(config, run.manifest("embeddings").rows, "embedded images")
-        pool = Pool(run, config.resources.workers, session)
+        use_gpus = config.resources.gpus_per_worker != 0
+        pool = Pool(run, config.resources.workers, session, use_gpus=use_gpus)
         if upto in ("density", "selection"):
             density.measure(run, config, pool, reporter, asked=asked, earlier=earlier, check=lease.check)
         if upto in ("clusters", "selection"):

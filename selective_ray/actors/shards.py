@@ -7,6 +7,7 @@ call needs comes with it, so nothing is lost but time.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -212,7 +213,12 @@ class ShardHolder:
     def _clustering(self) -> kmeans.Rows:
         self.inside = None
         if self.clustering is None:
-            self.clustering = kmeans.Rows(self.x, self.image_ids, self.n)
+            assignment = None
+            if ray.get_gpu_ids():
+                from selective_ray.device import DeviceAssignment
+
+                assignment = DeviceAssignment(self.x, "cuda")
+            self.clustering = kmeans.Rows(self.x, self.image_ids, self.n, assignment)
         return self.clustering
 
     def kmeans_step_inside(
@@ -305,8 +311,8 @@ class ShardHolder:
 class Pool:
     """The actors that together hold all shards of a run's embeddings; started when first needed."""
 
-    def __init__(self, run: Run, workers: int | None, session: Session) -> None:
-        self.run, self.workers, self.session = run, workers, session
+    def __init__(self, run: Run, workers: int | None, session: Session, *, use_gpus: bool = True) -> None:
+        self.run, self.workers, self.session, self.use_gpus = run, workers, session, use_gpus
         self.actors: list[Any] = []
         self.held: list[list[int]] = []
         # CPUs that each takes, and that the cluster had when they were started.
@@ -334,11 +340,24 @@ class Pool:
         # As many actors as CPUs, of one thread each: products are independent of each other.
         self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
         self.actors = [
-            ShardHolder.options(num_cpus=self.share, memory=memory).remote(
+            ShardHolder.options(num_cpus=self.share, num_gpus=self._gpus(), memory=memory).remote(
                 *(self.run, held, [rows[shard] for shard in held], ends[held[0]], ends[-1], dtype)
             )
             for held in self.held
         ]
+
+    def _gpus(self) -> float:
+        """Return the share of a GPU that each actor takes: none unless every machine has one.
+
+        So little that the CPUs of a machine, and not its GPUs, say how many actors it has room for.
+        """
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [there for there in machines if there.get("CPU")]
+        if not self.use_gpus or not machines:
+            return 0.0
+        share = min(there.get("GPU", 0.0) / max(1.0, there["CPU"] / self.share) for there in machines)
+        # Ray counts in ten thousandths.
+        return min(1.0, math.floor(share * 1e4) / 1e4)
 
     def _rows_alone(self, rows: int) -> int:
         return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 64) + 2**28
