@@ -16,7 +16,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from selective_ray import density, kmeans, neighbors, selection
+from selective_ray import assignment, density, kmeans, neighbors, selection
 from selective_ray.selection import Candidates, PickedVectors, Repulsion
 from selective_ray.store import Run
 
@@ -82,7 +82,7 @@ def main() -> None:
                     tolerance=1e-4,
                     final_assignment=True,
                 )
-                clusters = kmeans.assign(x, clustering.assigned_by)
+                clusters = assignment.assign(x, clustering.assigned_by)
                 for weight, alpha, window in variants:
                     repulsion = Repulsion(alpha, 0.0, window, True)
                     candidates = Candidates(x, ids, clusters, densities, momentum=0.9, parameters=repulsion)

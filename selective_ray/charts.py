@@ -140,6 +140,37 @@ def curves(c: Coverage) -> str:
     )
 
 
+def course(inertia: list[float], share: list[float]) -> str:
+    """Mean squared distance to a centroid by iteration, two at least, and the share of distances computed.
+
+    Both on one scale from 0: the first as a share of where it began.
+    """
+    height = 250
+    base = height - BOTTOM
+    x = _axis(1, len(inertia), False)
+    top = max(1.0, *share)
+
+    def path(values: list[float]) -> str:
+        points = (f"{x(i):.1f} {base - (base - TOP) * v / top:.1f}" for i, v in enumerate(values, 1))
+        return "L".join(points)
+
+    drawing = (
+        f'<path class="random" d="M{path(share)}"/>'
+        f'<path class="line" d="M{path([value / (inertia[0] or 1.0) for value in inertia])}"/>'
+    )
+    ticks = [tick for tick in _ticks(1, len(inertia), 6) if tick == int(tick)]
+    return _chart(
+        height,
+        x,
+        ticks,
+        "iteration",
+        [(base - (base - TOP) * level / 100 / top, f"{level}%") for level in (0, 25, 50, 75, 100)],
+        drawing,
+        '<span class="key random"></span>distances computed, of all '
+        '<span class="key line"></span>mean squared distance to the centroid, of the first',
+    )
+
+
 def _chart(
     height: int,
     x: Callable[[float], float],

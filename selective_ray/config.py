@@ -85,8 +85,11 @@ class Cluster(Section):
     iterations: int = Field(100, ge=1)
     # Stop when an iteration lowers the mean squared distance by less than this share of it.
     tolerance: float = Field(1e-4, ge=0)
-    # The first rows of a seeded permutation (published).
-    init: Literal["random"] = "random"
+    # "random": the first rows of a seeded permutation (published). "k-means||": rows far from each other
+    # (`starts`), for the work of about five full iterations.
+    init: Literal["random", "k-means||"] = "random"
+    # From so many clusters on in two levels: about √m of them first, each then split by its size.
+    two_level: int = Field(50_000, ge=2)
     # Labels belong to the centroids written; the published labels lag one update.
     final_assignment: bool = True
 

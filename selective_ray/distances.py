@@ -43,6 +43,19 @@ def sq_dists_direct(x: np.ndarray, rows: np.ndarray, y: np.ndarray, columns: np.
     return out
 
 
+def nearest_pairs(x: np.ndarray, row: np.ndarray, y: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Return which of the pairs x[row], y[column] is the nearest of its row, ties to the smallest column.
+
+    int64, one place for every row that has a pair, by ascending row. A pair without rivals is not measured.
+    """
+    sq_dists = np.zeros(len(row))
+    rows, place, counts = np.unique(row, return_inverse=True, return_counts=True)
+    close = np.flatnonzero(counts[place] > 1)
+    sq_dists[close] = sq_dists_direct(x, row[close], y, column[close])
+    order = np.lexsort((column, sq_dists, place))
+    return order[np.searchsorted(place[order], np.arange(len(rows)))]
+
+
 def blocks(n: int, width: int) -> Iterator[slice]:
     """Cut n rows so that a block times `width` columns has at most BLOCK_PRODUCTS entries."""
     rows = max(1, BLOCK_PRODUCTS // max(1, width))

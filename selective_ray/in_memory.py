@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from selective_ray import config as configuration
-from selective_ray import density, embeddings, kmeans, selection
+from selective_ray import density, embeddings, kmeans, selection, starts, two_level
 from selective_ray.errors import UserError
 from selective_ray.neighbors import neighbors
-from selective_ray.schema import Picks
+from selective_ray.schema import Partial, Picks
 
 
 def _sq_dists(x: np.ndarray, k: int, settings: configuration.Density) -> np.ndarray:
@@ -25,6 +25,57 @@ def _sq_dists(x: np.ndarray, k: int, settings: configuration.Density) -> np.ndar
         raise density.too_few_distinct(k, len(rows) - (not settings.include_self))
     found = neighbors(rows, [(np.arange(len(rows)), rows)], needed)
     return density.sq_dists_of(found, k=k, estimator=settings.estimator)[inverse]
+
+
+class _Clusters:
+    """The steps of clustering, over all rows here."""
+
+    def __init__(self, x: np.ndarray, config: configuration.Config) -> None:
+        self.x, self.config = x, config
+        self.rows = kmeans.Rows(x, np.arange(len(x)), len(x))
+        self.within: kmeans.Rows | None = None
+
+    def run(self, m: int) -> kmeans.Clustering:
+        settings = self.config.cluster
+        return two_level.cluster(
+            two_level.Steps(self.rows.step, self._inside, self._start, self._start_inside),
+            n=len(self.x),
+            m=m,
+            split_from=settings.two_level,
+            iterations=settings.iterations,
+            tolerance=settings.tolerance,
+            final_assignment=settings.final_assignment,
+        )
+
+    def _start(self, count: int) -> np.ndarray:
+        n, seed = len(self.x), self.config.seed
+        if self.config.cluster.init == "random":
+            return self.x[kmeans.initial_rows(n, count, seed)]
+        rows = starts.Oversampling(self.x, np.arange(n), n)
+        positions = starts.draw_starts(
+            lambda positions: self.x[positions],
+            rows.offer,
+            rows.cost,
+            lambda cost, wanted: rows.draw(cost, wanted, seed),
+            rows.weights,
+            n=n,
+            m=count,
+            seed=seed,
+        )
+        return self.x[positions]
+
+    def _split(self, split: two_level.Split) -> kmeans.Rows:
+        if self.within is None:
+            labels = self.rows.labels(split.centroids)
+            self.within = two_level.inside(self.rows, labels, split.first, len(self.x))
+        return self.within
+
+    def _start_inside(self, split: two_level.Split) -> np.ndarray:
+        drawn = self._split(split).assignment.draw(np.arange(len(self.x)), self.config.seed)
+        return self.x[two_level.merge_draws([drawn], split.first)]
+
+    def _inside(self, split: two_level.Split, *asked: Any) -> Partial:
+        return self._split(split).step(*asked)
 
 
 @dataclass(frozen=True)
@@ -82,16 +133,9 @@ def select(
     ids = np.arange(n)
     sq_dists = _sq_dists(x, k, config.density)
 
-    rows = kmeans.Rows(x, ids, n)
-    clustering = kmeans.lloyd(
-        rows.step,
-        x[kmeans.initial_rows(n, budget, config.seed)],
-        n=n,
-        iterations=config.cluster.iterations,
-        tolerance=config.cluster.tolerance,
-        final_assignment=config.cluster.final_assignment,
-    )
-    labels = kmeans.assign(x, clustering.assigned_by)
+    clusters = _Clusters(x, config)
+    clustering = clusters.run(budget)
+    labels = clusters.rows.labels(clustering.assigned_by)
 
     scaled = config.selection.scale == "median"
     unit = density.median(lambda high: density.half_counts(sq_dists, high)) if scaled else 1.0

@@ -7,17 +7,23 @@ is `Rows.step` over an array in memory; on Ray it is a sum over the actors that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from selective_ray.distances import blocks, product_error, sq_dists_direct
+from selective_ray.assignment import Assignment
+from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.schema import Partial, farthest
 
 # More repairs than this after the last iteration would mean that the objective does not fall any more.
 MAX_EXTRA_ITERATIONS = 10_000
+# Coordinates that are turned into integers at a time: 1 MB of int64.
+FIXED_ENTRIES = 1 << 17
+# Sums that travel in one Partial: 64 MB of int64. More clusters are reduced in ranges, one after the other.
+RANGE_ENTRIES = 1 << 23
 
 
 def initial_rows(n: int, m: int, seed: int) -> np.ndarray:
@@ -47,31 +53,12 @@ def coincident_sq_dist(n: int, d: int) -> float:
     return 4.0 * d * 4.0 ** -(fixed_point_bits(n) + 1)
 
 
-def assign(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return the nearest centroid of every row, ties to the smallest id: int32 [n].
+def holder_bytes(rows: int, d: int, c: int) -> int:
+    """Bytes that a process takes which holds so many rows: they, their bounds and labels; sums and centroids.
 
-    float32 products propose; where others come within their error bound, direct differences decide.
+    Of the centroids it has two sets, one of them by groups, too, and in parts those of repairs or starts.
     """
-    labels = np.empty(len(x), np.int32)
-    norms = np.einsum("cd,cd->c", centroids, centroids, dtype=np.float64)
-    half_norms = (norms / 2).astype(np.float32)
-    # Both compared distances may be off, and scores are half of distances.
-    margin = np.float32(product_error(x.shape[1], 1.0, math.sqrt(norms.max(initial=1.0))))
-    columns = np.ascontiguousarray(centroids.T)
-    for rows in blocks(len(x), len(centroids)):
-        scores = x[rows] @ columns
-        np.subtract(half_norms, scores, out=scores)
-        best = scores.argmin(axis=1)
-        near = scores <= scores[np.arange(len(best)), best][:, None] + margin
-        close = np.flatnonzero(np.count_nonzero(near, axis=1) > 1)
-        if len(close):
-            row, column = np.nonzero(near[close])
-            exact = sq_dists_direct(x[rows], close[row], centroids, column)
-            order = np.lexsort((column, exact, row))
-            _, first = np.unique(row[order], return_index=True)
-            best[close] = column[order[first]]
-        labels[rows] = best
-    return labels
+    return rows * (4 * d + 64) + c * d * (8 + 4 * 4) + 2**28
 
 
 class Rows:
@@ -82,56 +69,77 @@ class Rows:
     products and the rows that moved.
     """
 
-    def __init__(self, x: np.ndarray, image_ids: np.ndarray, total: int) -> None:
+    def __init__(
+        self, x: np.ndarray, image_ids: np.ndarray, total: int, assignment: Assignment | None = None
+    ) -> None:
         self.x, self.image_ids = x, image_ids
         self.scale = 2.0 ** fixed_point_bits(total)
-        self.labels = np.full(len(x), -1, np.int32)
+        self.assignment = assignment or Assignment(x)
         self.sums = np.empty((0, x.shape[1]), np.int64)
         self.counts = np.empty(0, np.int64)
         origin = np.zeros((1, x.shape[1]), np.float32)
         sq_norms = sq_dists_direct(x, np.arange(len(x)), origin, np.zeros(len(x), np.int64))
         self.sq_norm = int(np.rint(sq_norms * self.scale).sum(dtype=np.int64))
 
-    def step(self, centroids: np.ndarray, candidates: int = 0) -> Partial:
-        """Assign every row to its nearest centroid; return the Partial with the farthest `candidates`."""
+    def step(self, centroids: np.ndarray, candidates: int = 0, clusters: slice = slice(None)) -> Partial:
+        """Assign every row to its nearest centroid; return the Partial with the farthest `candidates`.
+
+        Its sums and counts are those of some clusters; to ask for others of the same centroids costs nothing.
+        """
         if len(self.sums) != len(centroids):
             self.sums = np.zeros(centroids.shape, np.int64)
             self.counts = np.zeros(len(centroids), np.int64)
-            self.labels[:] = -1
-        labels = assign(self.x, centroids)
-        changed = np.flatnonzero(labels != self.labels)
-        self._add(changed[self.labels[changed] >= 0], self.labels, -1)
-        self._add(changed, labels, 1)
-        self.labels = labels
+        computed = self.assignment.products
+        changed, before = self.assignment.assign(centroids)
+        held = before >= 0
+        self._add(changed[held], before[held], -1)
+        self._add(changed, self.assignment.labels[changed], 1)
         far = self._farthest(centroids, candidates)
-        return Partial(self.sums.copy(), self.counts.copy(), self.sq_norm, *far, candidates)
+        computed = self.assignment.products - computed
+        sums, counts = self.sums[clusters].copy(), self.counts[clusters].copy()
+        return Partial(sums, counts, self.sq_norm, *far, candidates, computed)
+
+    def labels(self, centroids: np.ndarray) -> np.ndarray:
+        """Return the nearest centroid of every row, int32 [n]."""
+        self.assignment.assign(centroids)
+        return self.assignment.labels
 
     def _add(self, rows: np.ndarray, labels: np.ndarray, sign: int) -> None:
-        rows = rows[np.argsort(labels[rows], kind="stable")]
-        for part in blocks(len(rows), self.x.shape[1]):
-            taken = rows[part]
-            clusters, first = np.unique(labels[taken], return_index=True)
-            fixed = np.rint(self.x[taken] * self.scale).astype(np.int64)
-            if len(taken):
-                self.sums[clusters] += sign * np.add.reduceat(fixed, first, axis=0)
-        self.counts += sign * np.bincount(labels[rows], minlength=len(self.counts))
+        """Add rows to the sums of some clusters, or take them out."""
+        order = np.argsort(labels, kind="stable")
+        rows, labels = rows[order], labels[order]
+        step = max(1, FIXED_ENTRIES // self.x.shape[1])
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            clusters, first = np.unique(labels[part], return_index=True)
+            fixed = np.rint(self.x.take(rows[part], 0) * np.float32(self.scale)).astype(np.int64)
+            self.sums[clusters] += sign * np.add.reduceat(fixed, first, axis=0)
+        self.counts += sign * np.bincount(labels, minlength=len(self.counts))
 
     def _farthest(self, centroids: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not capacity:
             return farthest(np.empty(0), np.empty(0, np.int64), self.x[:0], 0)
-        sq_dists = sq_dists_direct(self.x, np.arange(len(self.x)), centroids, self.labels)
+        sq_dists = sq_dists_direct(self.x, np.arange(len(self.x)), centroids, self.assignment.labels)
         return farthest(sq_dists, self.image_ids, self.x, capacity)
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one iteration did, for the person watching."""
+    """What one iteration did, for the person watching.
+
+    inertia is the mean squared distance of the rows to the centroids they were assigned to; shift the root
+    mean square of how far the centroids then moved; share how many of the n·c distances were computed, which
+    like the seconds depends on who did the work.
+    """
 
     number: int
     inertia: float
+    shift: float
     empty: int
     smallest: int
     largest: int
+    share: float = field(compare=False)
+    seconds: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -147,15 +155,22 @@ class Clustering:
     history: list[Iteration]
 
 
+# Assign all rows to centroids float32 [c, d]; the Partial of all n rows, with so many candidates for empty
+# clusters, and the sums and counts of some clusters.
+Step = Callable[[np.ndarray, int, slice], Partial]
+
+
 def lloyd(
-    step: Callable[[np.ndarray, int], Partial],
+    step: Step,
     centroids: np.ndarray,
     *,
     n: int,
     iterations: int,
     tolerance: float,
     final_assignment: bool,
+    history: Sequence[Iteration] = (),
     watch: Callable[[Iteration], None] = lambda iteration: None,
+    keep: Callable[[np.ndarray, list[Iteration]], None] = lambda centroids, history: None,
 ) -> Clustering:
     """Lloyd's algorithm on unit vectors; centroids are means and are not normalized (published code).
 
@@ -168,44 +183,76 @@ def lloyd(
     centroids (ties to the smallest image_id, no vector twice), and iterations go on until the labels
     have no empty cluster. Where none is ever empty the labels equal the published ones.
 
-    step(centroids, e) returns the Partial of all n rows with e candidates. Each call sends c·d floats to
-    the rows' owners and brings one Partial back. Raises UserError when the rows have fewer than c
-    distinct vectors, with their number.
+    Each call of the step sends c·d floats to the rows' owners and brings the sums of one range of clusters
+    back. `keep` is given what the next iteration starts with; centroids and history as it was given them
+    continue there. Raises UserError when the rows have fewer than c distinct vectors, with their number.
     """
-    history: list[Iteration] = []
-    previous_inertia = math.inf
+    history = list(history)
     while True:
-        partial = step(centroids, 0)
-        empty = int(np.count_nonzero(partial.counts == 0))
-        now = Iteration(
-            len(history) + 1,
-            inertia(partial, centroids, n),
-            empty,
-            int(partial.counts.min()),
-            int(partial.counts.max()),
-        )
+        updated, now = iterate(step, centroids, n, len(history) + 1)
+        previous_inertia = history[-1].inertia if history else math.inf
         history.append(now)
         watch(now)
-        updated = update(partial, centroids, n)
-        if empty:
-            updated[partial.counts == 0] = starts_for_empty(step(centroids, empty), n)
-        elif np.array_equal(updated, centroids):
+        if not now.empty and np.array_equal(updated, centroids):
             return Clustering(centroids, centroids, history)
         fell = previous_inertia - now.inertia
         converged = tolerance > 0 and len(history) > 1 and fell <= tolerance * previous_inertia
         done = converged or len(history) >= iterations
-        if done and not empty:
+        if done and not now.empty:
             if not final_assignment:
                 return Clustering(updated, centroids, history)
-            if not np.any(step(updated, 0).counts == 0):
+            if not np.any(counts_of(step, updated) == 0):
                 return Clustering(updated, updated, history)
         if len(history) > iterations + MAX_EXTRA_ITERATIONS:
             raise UserError(
-                f"K-Means still has {empty} empty clusters after {len(history)} iterations; "
+                f"K-Means still has {now.empty} empty clusters after {len(history)} iterations; "
                 "lower --budget or try another --seed"
             )
-        previous_inertia = now.inertia
         centroids = updated
+        keep(centroids, list(history))
+
+
+def iterate(
+    step: Step, centroids: np.ndarray, n: int, number: int, *, repair: bool = True
+) -> tuple[np.ndarray, Iteration]:
+    """Assign and update once, range by range of clusters; without repair empty clusters stay as they are."""
+    begun = time.monotonic()
+    c, d = centroids.shape
+    updated, counts = np.empty_like(centroids), np.empty(c, np.int64)
+    spread, moved, products = 0.0, 0.0, 0
+    for clusters in ranges(c, d):
+        partial = step(centroids, 0, clusters)
+        counts[clusters] = partial.counts
+        updated[clusters] = update(partial, centroids[clusters], n)
+        spread += _spread(partial, centroids[clusters], n)
+        products += partial.products
+    empty = np.flatnonzero(counts == 0)
+    if len(empty) and repair:
+        updated[empty] = starts_for_empty(step(centroids, len(empty), slice(0, 0)), empty, c, n)
+    for clusters in ranges(c, d):
+        moved += np.sum(np.square(updated[clusters].astype(np.float64) - centroids[clusters]))
+    return updated, Iteration(
+        number,
+        max(0.0, partial.sq_norm / 2.0 ** fixed_point_bits(n) / n + spread),
+        math.sqrt(moved / c),
+        len(empty),
+        int(counts.min()),
+        int(counts.max()),
+        products / (n * c),
+        time.monotonic() - begun,
+    )
+
+
+def counts_of(step: Step, centroids: np.ndarray) -> np.ndarray:
+    """Return how many rows are nearest to each centroid, int64 [c]."""
+    return np.concatenate([step(centroids, 0, clusters).counts for clusters in ranges(*centroids.shape)])
+
+
+def ranges(c: int, d: int) -> Iterator[slice]:
+    """Cut c clusters of d dimensions into ranges whose sums travel together."""
+    width = max(1, RANGE_ENTRIES // d)
+    for start in range(0, c, width):
+        yield slice(start, min(c, start + width))
 
 
 def update(partial: Partial, centroids: np.ndarray, n: int) -> np.ndarray:
@@ -215,30 +262,34 @@ def update(partial: Partial, centroids: np.ndarray, n: int) -> np.ndarray:
 
 
 def inertia(partial: Partial, centroids: np.ndarray, n: int) -> float:
-    """Mean squared distance of the rows to their centroids, from the exact sums alone.
+    """Mean squared distance of the rows to their centroids, from the exact sums of all clusters alone."""
+    return max(0.0, partial.sq_norm / 2.0 ** fixed_point_bits(n) / n + _spread(partial, centroids, n))
+
+
+def _spread(partial: Partial, centroids: np.ndarray, n: int) -> float:
+    """What clusters add to the mean squared distance beside the mean of |x|^2.
 
     sum |x - c|^2 = sum |x|^2 - 2 c·(sum of x) + count·|c|^2, cluster by cluster.
     """
-    scale = 2.0 ** fixed_point_bits(n)
     wide = centroids.astype(np.float64)
-    dots = np.einsum("cd,cd->", wide, partial.sums / scale)
+    dots = np.einsum("cd,cd->", wide, partial.sums / 2.0 ** fixed_point_bits(n))
     norms = np.einsum("cd,cd,c->", wide, wide, partial.counts.astype(np.float64))
-    return max(0.0, (partial.sq_norm / scale - 2 * dots + norms) / n)
+    return float(norms - 2 * dots) / n
 
 
-def starts_for_empty(partial: Partial, n: int) -> np.ndarray:
+def starts_for_empty(partial: Partial, empty: np.ndarray, c: int, n: int) -> np.ndarray:
     """Return a new start for every empty cluster, float32 [e, d], repeating none while vectors last.
 
-    Raises UserError when every row lies on its centroid: there are fewer distinct vectors than clusters.
+    The partial holds e candidates. Raises UserError when every row lies on its centroid: there are fewer
+    distinct vectors than the c clusters.
     """
-    empty = int(np.count_nonzero(partial.counts == 0))
-    away = partial.far_sq_dists > coincident_sq_dist(n, partial.sums.shape[1])
+    away = partial.far_sq_dists > coincident_sq_dist(n, partial.far_x.shape[1])
     starts = partial.far_x[away]
     if not len(starts):
-        distinct = len(partial.counts) - empty
+        distinct = c - len(empty)
         raise UserError(
-            f"budget {len(partial.counts)} exceeds the {distinct} distinct embeddings among {n} images; "
+            f"budget {c} exceeds the {distinct} distinct embeddings among {n} images; "
             f"lower --budget to {distinct} or fewer"
         )
     # Fewer far rows than empty clusters: the rest repeat the last, stay empty, and are repaired next time.
-    return starts[np.minimum(np.arange(empty), len(starts) - 1)]
+    return starts[np.minimum(np.arange(len(empty)), len(starts) - 1)]

@@ -18,6 +18,7 @@ from selective_ray.charts import (
     Coverage,
     Histogram,
     Scatter,
+    course,
     curves,
     dots,
     histogram,
@@ -267,7 +268,21 @@ def _cluster_sizes(facts: Facts) -> str:
 half hold {number(h.median_picks)} or more. Half of all images are in clusters of
 {number(h.median_everything)} or more. Every cluster gives one pick, so images of small clusters are picked
 more often than those of large ones.</p>
-{histogram(h, label, log=log)}"""
+{histogram(h, label, log=log)}
+{_iterations(facts)}"""
+
+
+def _iterations(facts: Facts) -> str:
+    """Say how the clusters were found, where the run has recorded it."""
+    summary = facts.stages["clusters"].summary
+    inertia = summary.get("history", {}).get("inertia", [])
+    if len(inertia) < 2:
+        return ""
+    repaired = summary["empty_clusters_repaired"]
+    return f"""<p>K-Means took {len(inertia)} iterations, which brought the mean squared distance of an image
+to its centroid from {_exact(inertia[0])} to {_exact(inertia[-1])}
+{f" and started {_amount(repaired, 'empty cluster')} again" if repaired else ""}.</p>
+{course(inertia, summary["history"]["share"])}"""
 
 
 def _rejected(rejected: Rejected) -> str:
@@ -329,7 +344,9 @@ def _configuration(facts: Facts) -> str:
     for name, manifest in facts.stages.items():
         for key, value in _flat(manifest.what):
             settings.setdefault((key, value), []).append(name)
-        for key, value in _flat(manifest.summary):
+        # The course of the iterations is drawn.
+        noted = {key: value for key, value in manifest.summary.items() if key != "history"}
+        for key, value in _flat(noted):
             notes.setdefault((key, value), []).append(name)
     return (
         "<p>Everything that the answer depends on, defaults included.</p>"

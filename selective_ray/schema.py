@@ -109,6 +109,7 @@ class Partial:
     sums int64 [c, d] and sq_norm int are fixed point (`kmeans.fixed_point_bits`), counts int64 [c]. The
     candidates for empty clusters are distinct vectors, farthest from their centroid first: far_sq_dists
     float64 [e], far_image_ids int64 [e], far_x float32 [e, d]; `capacity` is the largest e that is kept.
+    products is how many scores of a row and a centroid were computed for it.
     """
 
     sums: np.ndarray
@@ -118,6 +119,7 @@ class Partial:
     far_image_ids: np.ndarray
     far_x: np.ndarray
     capacity: int
+    products: int = 0
 
     @staticmethod
     def zero(c: int, d: int, capacity: int = 0) -> Partial:
@@ -145,6 +147,7 @@ class Partial:
             self.sq_norm + other.sq_norm,
             *far,
             self.capacity,
+            self.products + other.products,
         )
 
 
@@ -156,9 +159,15 @@ def farthest(
     Two empty clusters must not be given the same vector: one of them would stay empty.
     """
     order = np.lexsort((image_ids, -sq_dists))
-    _, first = np.unique(x[order].view(np.uint32), axis=0, return_index=True) if len(x) else (None, order)
-    keep = order[np.sort(first)[:capacity]]
-    return sq_dists[keep], image_ids[keep], x[keep]
+    # Few more than are kept, unless many of them are equal.
+    size = 2 * capacity
+    while True:
+        some = order[:size]
+        first = np.unique(x[some].view(np.uint32), axis=0, return_index=True)[1] if len(some) else some
+        if len(first) >= capacity or len(some) == len(order):
+            keep = some[np.sort(first)[:capacity]]
+            return sq_dists[keep], image_ids[keep], x[keep]
+        size *= 4
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def command(source: list[str], run: Path, settings: dict, budget: int) -> list[s
 def under_way(run: Path, table: str, shards: int) -> bool:
     """Whether a table was begun, has some shards, and is not finished."""
     folder = run / table
-    # Densities are finished group by group, and become shards at the end.
-    finished = "work/group-*" if table == "density" else "part-*.parquet"
+    # Densities are finished group by group, clusters iteration by iteration; they become shards at the end.
+    finished = {"density": "work/group-*", "clusters": "work/iteration-*"}.get(table, "part-*.parquet")
     return (
         (folder / "begun.json").exists()
         and len(list(folder.glob(finished))) >= shards
@@ -103,13 +103,15 @@ def test_driver_killed_in_density_clusters_and_selection(vectors, expected_of_ve
     kill_driver_in(words, run, "density", len(measured) + 1)
     for path, written in measured.items():
         assert path.stat().st_mtime_ns == written, "a finished group was redone"
-    kill_driver_in(words, run, "clusters", 0)
+    kill_driver_in(words, run, "clusters", 2)
     assert not (run / "density" / "work").exists()
+    assert len(list((run / "clusters" / "work").glob("iteration-*.npz"))) >= 2
     kill_driver_in(words, run, "selection", 0)
     output = finish(words)
     assert "already complete: images, embeddings, rejected, density, clusters" in output
     assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
     assert not list(run.rglob("begun.json"))
+    assert not (run / "clusters" / "work").exists()
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +306,7 @@ def test_worker_killed_while_embedding(title, shards, quiet, many_pictures, tmp_
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("table", "shards", "times"), [("density", 1, 1), ("clusters", 0, 3), ("selection", 0, 1)]
+    ("table", "shards", "times"), [("density", 1, 1), ("clusters", 1, 3), ("selection", 0, 1)]
 )
 def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_of_vectors, tmp_path):
     run = tmp_path / "run"
@@ -320,7 +322,7 @@ def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_o
 def test_driver_interrupted_politely(vectors, expected_of_vectors, tmp_path):
     run = tmp_path / "run"
     words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
-    kill_driver_in(words, run, "clusters", 0, signal.SIGTERM)
+    kill_driver_in(words, run, "clusters", 1, signal.SIGTERM)
     assert not (run / "lease.json").exists(), "a polite end gives the lease back"
     finish(words)
     assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
@@ -428,6 +430,27 @@ def test_a_whole_node_killed_while_embedding(quiet, many_pictures, tmp_path):
     options = {**EMBED, "selection.budget": 6, "resources.stall_seconds": 20}
     kill_a_node({"images": str(many_pictures)}, tmp_path / "run", "embeddings/part-*.parquet", options)
     assert same_as(Run(str(tmp_path / "run")), quiet)
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_clustering(vectors, expected_of_vectors, tmp_path):
+    """Its rows are read again on the other node, which has room for one holder in place of two."""
+    options = {**SETTINGS, "selection.budget": BUDGET, "resources.shard_rows": 3000}
+    kill_a_node({"embeddings": str(vectors)}, tmp_path / "run", "clusters/work/iteration-*", options)
+    assert [pick["image_id"] for pick in picks_of(Run(str(tmp_path / "run")))] == expected_of_vectors
+
+
+@pytest.mark.faults
+def test_driver_killed_while_clustering_in_two_levels(two_cpus, vectors, tmp_path):
+    settings = {"cluster.two_level": 100, "seed": 2, "resources.shard_rows": 3000}
+    quiet, run = tmp_path / "quiet", tmp_path / "run"
+    words = command(["--embeddings", str(vectors)], run, settings, BUDGET)
+    kill_driver_in(words, run, "clusters", 1)
+    finish(words)
+    source = pipeline.Source(embeddings=str(vectors))
+    expected = advance(quiet, source=source, upto="clusters", **settings, **{"selection.budget": BUDGET})
+    centroids = [np.load(Path(r.root) / "clusters" / "centroids.npy") for r in (expected, Run(str(run)))]
+    assert np.array_equal(*centroids)
 
 
 LISTS = {"density.mode": "ivf", "density.k": 10, "resources.shard_rows": 1000, "seed": 2}

@@ -131,6 +131,8 @@ def test_tables_and_manifests_keep_the_contract(undisturbed, folder):
         assert {"name", "rows", "sha256", "device"} == set(manifest["shards"][0])
         assert not (root / table / "begun.json").exists()
     assert np.load(root / "clusters" / "centroids.npy").shape[0] == 6
+    iterations = undisturbed.manifest("clusters").summary["iterations"]
+    assert f"K-Means took {iterations} iterations" in (root / "report" / "index.html").read_text()
     picks = picks_of(undisturbed)
     assert [pick["cluster_id"] for pick in picks] == list(range(6))
     assert {Path(pick["uri"]).parent for pick in picks} == {folder}

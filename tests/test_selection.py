@@ -7,7 +7,7 @@ from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selective_ray import density, distances, kmeans, selection
+from selective_ray import assignment, density, distances, kmeans, selection
 from selective_ray.schema import Picks
 from selective_ray.selection import Candidates, PickedVectors, Repulsion
 
@@ -83,7 +83,7 @@ def world(seed, n=150, m=9, d=6, copies=0):
         tolerance=0.0,
         final_assignment=True,
     )
-    labels = kmeans.assign(x, clustering.assigned_by)
+    labels = assignment.assign(x, clustering.assigned_by)
     return x, labels, 1 / oracle.mean_sq_dist(x, 10)
 
 

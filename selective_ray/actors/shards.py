@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import density, ivf, kmeans, selection
+from selective_ray import density, ivf, kmeans, selection, starts, two_level
 from selective_ray.actors.joining import (
     Joined,
     Joining,
@@ -36,6 +36,7 @@ from selective_ray.neighbors import Nearest
 from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates, Repulsion
 from selective_ray.store import Run, Shard
+from selective_ray.two_level import Split
 
 # How often an actor may die before the run gives up, and a call be repeated.
 RESTARTS = 20
@@ -92,7 +93,9 @@ class ShardHolder:
         self.loading = threading.Lock()
         self.held: tuple[np.ndarray, np.ndarray] | None = None
         self.by_list: RowsByList | None = None
+        self.starting: starts.Oversampling | None = None
         self.clustering: kmeans.Rows | None = None
+        self.inside: kmeans.Rows | None = None
         self.candidates: Candidates | None = None
         self.judged_by = ""
 
@@ -201,17 +204,67 @@ class ShardHolder:
 
     # Clusters
 
-    def kmeans_step(self, centroids: np.ndarray, candidates: int) -> Partial:
-        """Assign the rows held here; return their Partial."""
+    def start_cost(self, history: list[ray.ObjectRef]) -> int:
+        """Sum the squared distances of the rows held here to the nearest candidate for a start."""
+        return self._starting(history).cost()
+
+    def start_draw(self, history: list[ray.ObjectRef], cost: int, wanted: float, seed: int) -> np.ndarray:
+        """Draw candidates among the rows held here: their positions among all."""
+        return self._starting(history).draw(cost, wanted, seed)
+
+    def start_weights(self, history: list[ray.ObjectRef]) -> np.ndarray:
+        """Count the rows held here that are nearest to each candidate."""
+        weights = self._starting(history).weights()
+        self.starting = None
+        return weights
+
+    def _starting(self, history: list[ray.ObjectRef]) -> starts.Oversampling:
+        """Return the rows with all rounds so far behind them, whatever this actor has already seen."""
+        if self.starting is None:
+            positions = np.arange(self.first_row, self.first_row + self.count)
+            self.starting = starts.Oversampling(self.x, positions, self.n)
+        for drawn in history[self.starting.rounds :]:
+            self.starting.offer(ray.get(drawn))
+        return self.starting
+
+    def kmeans_step(self, centroids: np.ndarray, candidates: int, clusters: slice) -> Partial:
+        """Assign the rows held here, unless they are; return their Partial of some clusters."""
+        return self._clustering().step(centroids, candidates, clusters)
+
+    def _clustering(self) -> kmeans.Rows:
+        self.inside = None
         if self.clustering is None:
-            self.clustering = kmeans.Rows(self.x, self.image_ids, self.n)
-        return self.clustering.step(centroids, candidates)
+            assignment = None
+            if ray.get_gpu_ids():
+                from selective_ray.device import DeviceAssignment
+
+                assignment = DeviceAssignment(self.x, "cuda")
+            self.clustering = kmeans.Rows(self.x, self.image_ids, self.n, assignment)
+        return self.clustering
+
+    def kmeans_step_inside(
+        self, split: Split, centroids: np.ndarray, candidates: int, clusters: slice
+    ) -> Partial:
+        """Assign the rows held here within their coarse clusters; return their Partial of some clusters."""
+        return self._split(split).step(centroids, candidates, clusters)
+
+    def draw_inside(self, split: Split, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw rows of each coarse cluster from those held here."""
+        positions = np.arange(self.first_row, self.first_row + self.count)
+        return self._split(split).assignment.draw(positions, seed)
+
+    def _split(self, split: Split) -> kmeans.Rows:
+        if self.inside is None:
+            rows = self._clustering()
+            self.inside = two_level.inside(rows, rows.labels(split.centroids), split.first, self.n)
+            self.clustering = None
+        return self.inside
 
     def write_clusters(
         self, table: str, assigned_by: np.ndarray, centroids: np.ndarray
     ) -> tuple[list[Shard], int]:
         """Write the clusters of the shards held here: labels by `assigned_by`, distances to `centroids`."""
-        labels = kmeans.assign(self.x, assigned_by)
+        labels = self._clustering().labels(assigned_by)
         sq_dists = sq_dists_direct(self.x, np.arange(len(self.x)), centroids, labels)
         columns = {
             "image_id": self.image_ids,
