@@ -65,6 +65,7 @@ def test_same_clusters_for_any_shards_and_workers(
         **options(way),
         **{"resources.shard_rows": shard_rows, "resources.workers": workers},
     )
+    monkeypatch.setattr(two_level, "cluster", whole)
     expected, clustering = in_process(x, way)
     assert labels(run).tolist() == expected.tolist()
     assert np.array_equal(np.load(run.path("clusters", "centroids.npy")), clustering.centroids)
@@ -114,6 +115,7 @@ def test_an_interrupted_run_continues_at_its_iteration(
             assert len(kept) == kmeans.KEPT
             if len(attempts) == 1:
                 kept[-1].write_bytes(kept[-1].read_bytes()[:100])
+    monkeypatch.setattr(two_level, "cluster", whole)
     expected, clustering = in_process(x, way)
     assert labels(run).tolist() == expected.tolist()
     assert np.array_equal(np.load(run.path("clusters", "centroids.npy")), clustering.centroids)
