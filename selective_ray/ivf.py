@@ -35,7 +35,7 @@ TRAINING_ITERATIONS = 10
 # Rows whose exact neighbors tell how far to reach, and as many others that certify what came of it.
 SAMPLE = 600
 # Of the misses that are allowed, so many are planned for; the others are the sample's own error.
-PLANNED_MISSES = 0.75
+PLANNED_MISSES = 0.6
 # Groups, the unit of work and of recovery: so many, and so many for each worker. Each is compared with most
 # of the others, so they are as large as memory allows; lists that are larger are split.
 GROUPS = 32
@@ -84,11 +84,13 @@ class Plan:
     def holder_bytes(self, rows: int, workers: int) -> int:
         """Bytes that one of so many processes takes which holds so many rows and joins groups of others.
 
-        Its rows and their lists; a group with its k nearest so far, and one of the groups it is joined with;
-        the training rows; and a quarter of a GB for the libraries.
+        Its rows and their lists; a group with its k nearest so far and what it probes, and one of the groups
+        it is joined with; the training rows; and a quarter of a GB for the libraries.
         """
         held = rows * (4 * self.d + 8 + 4 * PROBES_STATED)
-        group = replace(self, workers=workers).group_rows * (2 * 4 * self.d + 16 * 2 * self.needed)
+        group = replace(self, workers=workers).group_rows * (
+            2 * 4 * self.d + 16 * 2 * self.needed + (0 if self.exact else 32 * PROBES_STATED)
+        )
         return held + 2 * group + self.training_rows * 2 * 4 * self.d + 2**28
 
     @property
@@ -110,7 +112,7 @@ class Plan:
 
     def moved_bytes(self, itemsize: int) -> int:
         """Bytes of all groups, as they lie in Ray's object store: the rows, and what they probe."""
-        return self.n * (itemsize * self.d + 24 + (0 if self.exact else 8 * PROBES_STATED))
+        return self.n * (itemsize * self.d + 24 + (0 if self.exact else 4 * PROBES_STATED))
 
     def fetched_bytes(self, itemsize: int) -> int:
         """Bytes that cross the network at most: to the owners of groups, and from group to group.
@@ -406,7 +408,7 @@ class Block:
     """The rows of a group, ordered by cell and image id.
 
     image_ids int64 [n], x [n, d] in the type of the store, cells int64 [n] ascending; counts int64 [n] and
-    probes int64: the cells that each row probes. Without probes every row is compared with every other.
+    probes int32: the cells that each row probes. Without probes every row is compared with every other.
     wanted bool [n]: the rows whose neighbors are asked for. stands_for int64 [n], where duplicates are
     collapsed: the first row of the block that is equal to each; only such rows are neighbors.
     """

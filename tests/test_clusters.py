@@ -65,7 +65,6 @@ def test_same_clusters_for_any_shards_and_workers(
         **options(way),
         **{"resources.shard_rows": shard_rows, "resources.workers": workers},
     )
-    monkeypatch.setattr(two_level, "cluster", whole)
     expected, clustering = in_process(x, way)
     assert labels(run).tolist() == expected.tolist()
     assert np.array_equal(np.load(run.path("clusters", "centroids.npy")), clustering.centroids)

@@ -260,9 +260,9 @@ def test_groups_are_a_share_of_the_rows_as_large_as_memory_allows():
 def test_plan_states_what_is_held_moved_and_compared():
     """By hand: 1,000 rows of 4 numbers by 10 lists, 5 neighbors, two workers."""
     plan = dataclasses.replace(ivf.plan(1000, 4, 5, mode="ivf", lists=10), workers=2)
-    assert plan.moved_bytes(2) == 1000 * (2 * 4 + 24 + 8 * ivf.PROBES_STATED)
+    assert plan.moved_bytes(2) == 1000 * (2 * 4 + 24 + 4 * ivf.PROBES_STATED)
     assert plan.fetched_bytes(2) == plan.moved_bytes(2) * (1 + plan.groups)
-    held, group = 500 * (16 + 8 + 4 * ivf.PROBES_STATED), 256 * (2 * 16 + 16 * 2 * 5)
+    held, group = 500 * (16 + 8 + 4 * ivf.PROBES_STATED), 256 * (2 * 16 + 16 * 2 * 5 + 32 * ivf.PROBES_STATED)
     assert plan.holder_bytes(500, 2) == held + 2 * group + 320 * 2 * 16 + 2**28
     assert plan.compared == 1000, "few rows: all of them"
     assert plan.products == 1000 * (1000 + 10 + 2 * plan.sample)

@@ -138,6 +138,8 @@ class RowsByList:
             within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
             lists = self.assignment.probes[np.repeat(self.first_probe[rows], taken) + within]
             counts, probes = cells.probed(ivf.Assignment(self.assignment.lists[rows], taken, lists))
+            # Half of what they take: there are more of them than of anything but coordinates.
+            probes = probes.astype(np.int32)
         x = self.holder.x[rows].astype(self.holder.dtype, copy=False)
         return ivf.Block(self.holder.image_ids[rows], x, mine[first:last], self.wanted[rows], counts, probes)
 
