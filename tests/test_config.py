@@ -150,7 +150,7 @@ def test_an_option_that_was_not_given_disagrees_with_nothing():
         "density.include_self=perhaps",
         "cluster.iterations=0",
         "cluster.tolerance=-0.1",
-        "cluster.init=k-means||",
+        "cluster.init=k-means++",
         "selection.budget=0",
         "selection.budget=-3",
         "selection.budget=many",
