@@ -88,8 +88,9 @@ def advance(
                 check=lease.check,
             )
             if upto == "selection":
-                if step is steps[-1] and run.manifest(step.selection) is None:
-                    # It was about a smaller budget, if there is one.
+                last = step is steps[-1] and run.manifest(step.selection) is None
+                if last and run.exists("report", "index.html"):
+                    # It is about a smaller budget.
                     run.delete("report", "index.html")
                 selection.select(run, config, step, pool, reporter, check=lease.check)
         pool.stop()
