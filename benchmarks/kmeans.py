@@ -139,7 +139,7 @@ def gpu(arguments: argparse.Namespace, folder: Path) -> None:
     """One full iteration's assignment on a GPU, as a share of its rate of matrix products (TF32)."""
     import torch
 
-    from selective_ray.device import DeviceAssignment
+    from selective_ray.assignment_torch import AssignmentOnDevice
 
     (n,), m, d = arguments.rows, arguments.clusters, arguments.dimensions
     torch.set_float32_matmul_precision("high")
@@ -154,7 +154,7 @@ def gpu(arguments: argparse.Namespace, folder: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n, d), dtype=np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    assignment = DeviceAssignment(x, "cuda")
+    assignment = AssignmentOnDevice(x, "cuda")
     # A first one, so that libraries are loaded.
     assignment.assign(x[:m])
     begun = time.perf_counter()

@@ -29,8 +29,8 @@ import ray
 
 from selective_ray import config, density, kmeans, selection
 from selective_ray.actors import pipeline
+from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
-from selective_ray.actors.shards import Pool
 from selective_ray.progress import Reporter
 from selective_ray.selection import Candidates, PickedVectors
 from selective_ray.store import Run

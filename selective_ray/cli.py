@@ -428,15 +428,14 @@ def write_export(
 ) -> None:
     """Write the picks as files for people and labeling tools."""
     with _sentences(debug, as_json):
-        from selective_ray import annotation
-        from selective_ray.export import FORMATS
+        from selective_ray import export
 
-        if kind not in FORMATS:
-            raise UsageError(f"--format {kind!r} is none; give one of {', '.join(FORMATS)}")
+        if kind not in export.FORMATS:
+            raise UsageError(f"--format {kind!r} is none; give one of {', '.join(export.FORMATS)}")
         if copies and kind in ("csv", "jsonl"):
             raise UsageError(f"--copies goes with label-studio and cvat; {kind} names images as the run does")
         where = _existing(run, endpoint_url)
-        folder, files = annotation.write_picks(where, kind, out, copies, Reporter(quiet=as_json))
+        folder, files = export.write_picks(where, kind, out, copies, Reporter(quiet=as_json))
         if as_json:
             listed = [{"file": f"{folder}/{f.name}", "picks": f.picks, "root": f.root} for f in files]
             print(json.dumps({"run": where.uri, "format": kind, "files": listed}))  # noqa: T201
@@ -464,11 +463,11 @@ def bring_labels(
 ) -> None:
     """Bring the labels that people gave into the run."""
     with _sentences(debug, as_json):
-        from selective_ray import annotation
+        from selective_ray import labeling
 
         reporter = Reporter(quiet=as_json)
         where = _existing(run, endpoint_url)
-        found = annotation.bring_labels(where, file, replace=replace, reporter=reporter)
+        found = labeling.bring_labels(where, file, replace=replace, reporter=reporter)
         if as_json:
             print(json.dumps({**found, "warnings": reporter.warnings}))  # noqa: T201
             return

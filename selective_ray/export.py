@@ -1,4 +1,4 @@
-"""Picks as the files that people and labeling tools take: CSV, JSONL, Label Studio's tasks, CVAT's manifest.
+"""The picks of a run as files for people and labeling tools: CSV, JSONL, Label Studio, CVAT.
 
 The same picks give the same bytes. Sources of the two tools' formats: Label Studio's guide to importing tasks
 and to local storage, CVAT's specification of dataset manifests.
@@ -7,24 +7,40 @@ and to local storage, CVAT's specification of dataset manifests.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import os
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from selective_ray import objects
-from selective_ray.answers import SKIPPED, plain_cell
+import pyarrow as pa
+
+from selective_ray import images, objects, reading
 from selective_ray.errors import UserError, named
+from selective_ray.images import Rejected
+from selective_ray.label_files import SKIPPED, plain_cell
+from selective_ray.objects import Access, Request
+from selective_ray.progress import Reporter
+from selective_ray.store import Run
 
 FORMATS = ("csv", "jsonl", "label-studio", "cvat")
 # Label Studio's guide: about 100,000 tasks a project, and files of up to 50 MB.
 TASKS_A_FILE, BYTES_A_FILE = 100_000, 50_000_000
 # A file becomes a task of CVAT, which looks every image up in a list of all: its work grows with the square.
 IMAGES_A_MANIFEST = 10_000
+# Bytes of a JPEG in which its size and orientation are, unless it begins with a long profile or preview.
+HEAD = 64 << 10
+# Copies that are written at a time.
+WRITERS = 16
+# The name of a copy: the listing that its image id is of, and the id.
+_COPY = re.compile(r"([0-9a-f]{8})-(\d{12})\.\w+")
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,171 @@ class File:
     data: bytes
     picks: int
     root: str | None = None
+
+
+def write_picks(
+    run: Run, kind: str, out: str | None, copies: str | None, reporter: Reporter
+) -> tuple[str, list[File]]:
+    """Write the picks of a finished selection in one of FORMATS; returns the folder and the files.
+
+    copies: a folder to which the picks are copied as files, which the files written then name. Raises
+    UserError where the selection is not finished, a pick cannot be read, the tool cannot reach the picks, or
+    a file of the same name holds something else: somebody may have filled it in.
+    """
+    if run.manifest("selection") is None:
+        raise UserError(f"{run.uri} has no finished selection; run `selective-ray select` on it first")
+    selection = selected(run)
+    folder = _folder(out) if out else run.path("export")
+    listed = run.listed(selection["image_id"].to_numpy())
+    columns = (selection[name].to_pylist() for name in ("image_id", "uri", "cluster_id"))
+    picks = [
+        Pick(image, uri, cluster, _file(run, uri, offset))
+        for image, uri, cluster, offset in zip(*columns, listed["offset"].to_pylist(), strict=True)
+    ]
+    sizes: list[tuple[int, int]] = []
+    if copies:
+        picks, sizes = _copied(run, picks, listed, _folder(copies), reporter)
+    elif kind == "cvat":
+        # What it cannot have is known before anything is read.
+        next(cvat_files(picks, [(0, 0)] * len(picks)))
+        sizes = _sizes(run, picks, listed, reporter)
+    files = {
+        "csv": lambda: [csv_file(picks)],
+        "jsonl": lambda: [jsonl_file(picks)],
+        "label-studio": lambda: list(label_studio_files(picks)),
+        "cvat": lambda: list(cvat_files(picks, sizes)),
+    }[kind]()
+    for file in files:
+        _write_once(f"{folder}/{file.name}", file.data, run.access)
+    return folder, files
+
+
+def selected(run: Run) -> pa.Table:
+    """Return the picks, image_id, uri and cluster_id; no rows where nothing is selected yet."""
+    schema = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("cluster_id", pa.int32())])
+    manifest = run.manifest("selection")
+    parts = [
+        run.read_shard("selection", shard.index, schema.names).cast(schema)
+        for shard in (manifest.shards if manifest else [])
+    ]
+    return pa.concat_tables([schema.empty_table(), *parts]).combine_chunks()
+
+
+def _folder(place: str) -> str:
+    """Return a folder as a prefix of uris."""
+    if objects.is_local(place):
+        return objects.local_uri(os.path.abspath(objects.local_path(place))).rstrip("/")  # noqa: PTH100
+    objects.split_uri(place)
+    return place.rstrip("/")
+
+
+def _file(run: Run, uri: str, offset: int | None) -> str | None:
+    """Return the uri of the file that holds an image and nothing else; None where there is none."""
+    if offset is not None or uri.startswith(f"{run.manifest('images').what.get('source')}#"):
+        return None
+    if objects.is_local(uri):
+        return uri if objects.local_path(uri).startswith("/") else None
+    known = (*(f"{scheme}://" for scheme in objects.SCHEMES), "http://", "https://")
+    return uri if uri.lower().startswith(known) else None
+
+
+def _write_once(uri: str, data: bytes, access: Access) -> None:
+    try:
+        if not objects.exists(uri, access):
+            objects.write(uri, data, access)
+        elif objects.read(Request(uri), access) != data:
+            raise UserError(f"{uri} is there and holds something else; move it away, or choose another --out")
+    except OSError as error:
+        raise UserError(f"{uri} cannot be written ({error}); choose another --out") from None
+
+
+def stamp_of(run: Run) -> str:
+    """Name the listing that image ids are of, as in the names of copies."""
+    return run.manifest("images").fingerprint[:8]
+
+
+def _copied(
+    run: Run, picks: list[Pick], listed: pa.Table, folder: str, reporter: Reporter
+) -> tuple[list[Pick], list[tuple[int, int]]]:
+    """Copy picks to a folder, named by their ids; returns the picks with these files, and their sizes."""
+    stamp, copied, sizes = stamp_of(run), [], []
+    with reporter.stage("copy", len(picks), "images") as bar, ThreadPoolExecutor(WRITERS) as pool:
+        found = zip(picks, _fetched(run, picks, listed), strict=True)
+        while some := list(itertools.islice(found, 4 * WRITERS)):
+            writes = []
+            for pick, data in some:
+                width, height, extension = _extent(pick, data)
+                own = posixpath.splitext(pick.uri)[1].lower()
+                extension = own if own in images.EXTENSIONS else extension
+                file = f"{folder}/{stamp}-{pick.image_id:012d}{extension}"
+                writes.append(pool.submit(objects.write, file, data, run.access))
+                copied.append(dataclasses.replace(pick, file=file))
+                sizes.append((width, height))
+            try:
+                for write in writes:
+                    write.result()
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written ({error}); choose another --copies") from None
+            bar.advance(len(some))
+    return copied, sizes
+
+
+def _sizes(run: Run, picks: list[Pick], listed: pa.Table, reporter: Reporter) -> list[tuple[int, int]]:
+    """Return width and height of picks; of JPEGs, only the first bytes are read."""
+    length = dict(zip(listed["uri"].to_pylist(), listed["size"].to_pylist(), strict=True))
+
+    def head(request: Request, access: Access) -> bytes:
+        if (length[request.uri] or 0) <= HEAD:
+            return objects.read(request, access)
+        start = objects.read(dataclasses.replace(request, stop=HEAD), access)
+        if start[:2] == b"\xff\xd8":
+            try:
+                images.extent(start)
+                return start
+            except Rejected:
+                pass
+        return objects.read(request, access)
+
+    sizes = []
+    with reporter.stage("sizes", len(picks), "images") as bar:
+        for pick, data in zip(picks, _fetched(run, picks, listed, head), strict=True):
+            sizes.append(_extent(pick, data)[:2])
+            bar.advance(1)
+    return sizes
+
+
+def _fetched(
+    run: Run, picks: list[Pick], listed: pa.Table, read: reading.Read = objects.read
+) -> Iterator[bytes]:
+    """Read picks in order; raises UserError for one that cannot be read."""
+    places = zip(picks, listed["offset"].to_pylist(), strict=True)
+    if nowhere := [pick.uri for pick, offset in places if pick.file is None and offset is None]:
+        raise UserError(
+            f"{len(nowhere):,} picks have no image that could be read ({named(nowhere, ', ')}): the run was "
+            "made from embeddings; bring them as Parquet with a column `uri`, or export csv or jsonl"
+        )
+    column = run.manifest("images").what.get("images", {}).get("column")
+    found = reading.fetch(listed, run.access, column=column, read=read)
+    for pick, data in zip(picks, found, strict=True):
+        if isinstance(data, Rejected):
+            raise UserError(f"{pick.uri} cannot be read: {data}; put it back and run again")
+        yield data
+
+
+def _extent(pick: Pick, data: bytes) -> tuple[int, int, str]:
+    try:
+        return images.extent(data)
+    except Rejected as reason:
+        raise UserError(f"{pick.uri} cannot be read: {reason}; put it back and run again") from None
+
+
+def copy_of(name: str, stamp: str) -> int | None:
+    """Return the image whose copy a name is of, None where it is none of this run's."""
+    copy = _COPY.fullmatch(name.rsplit("/", 1)[-1])
+    return int(copy[2]) if copy and copy[1] == stamp else None
+
+
+# Formats
 
 
 def csv_file(picks: Sequence[Pick]) -> File:

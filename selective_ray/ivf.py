@@ -8,9 +8,8 @@ list a row is in and which it probes are settled by direct differences: they dep
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import faiss
@@ -18,14 +17,8 @@ import numpy as np
 
 from selective_ray.distances import flat_nonzero, product_error, sq_dists_direct
 from selective_ray.errors import UserError
-from selective_ray.neighbors import (
-    TILE_PRODUCTS,
-    TILE_QUERIES,
-    TILE_ROWS,
-    TILE_ROWS_PER_NEIGHBOR,
-    Nearest,
-)
-from selective_ray.schema import Neighbors
+from selective_ray.neighbors import TILE_PRODUCTS, TILE_QUERIES
+from selective_ray.two_level import shares
 
 # Lists for each square root of n: the work of finding lists and of joining them are then of a size.
 LISTS_PER_ROOT = 2
@@ -167,7 +160,9 @@ def train(sample: np.ndarray, lists: int, seed: int) -> np.ndarray:
         coarse = _kmeans(sample, max(1, round(math.sqrt(lists))), seed)
         coarse = coarse[_chain(coarse)]
         cell = faiss.knn(sample, coarse, 1)[1][:, 0]
-        share = _shares(np.bincount(cell, minlength=len(coarse)), lists)
+        sizes = np.bincount(cell, minlength=len(coarse))
+        share = np.zeros(len(coarse), np.int64)
+        share[sizes > 0] = shares(sizes[sizes > 0], lists)
         parts = [_kmeans(sample[cell == c], int(share[c]), seed) for c in range(len(coarse)) if share[c]]
         centroids = np.concatenate(parts)
         nearest = faiss.knn(sample, centroids, 1)[1][:, 0]
@@ -207,16 +202,6 @@ def _chain(x: np.ndarray) -> np.ndarray:
         order.append(int(nearest))
         left[nearest] = False
     return np.array(order)
-
-
-def _shares(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Share out a total in proportion to sizes, one to each that has any: by largest remainders, int64."""
-    there = (sizes > 0).astype(np.int64)
-    exact = (total - there.sum()) * sizes / sizes.sum()
-    share = there + np.floor(exact).astype(np.int64)
-    most = np.argsort(np.floor(exact) - exact, kind="stable")[: total - share.sum()]
-    share[most] += 1
-    return share
 
 
 @dataclass(frozen=True)
@@ -352,256 +337,3 @@ def reach_for(excesses: np.ndarray, recall: float) -> float:
     """
     share = 1 - PLANNED_MISSES * (1 - recall)
     return min(WHOLE_SPHERE, float(np.quantile(excesses, share, method="higher")))
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Lists, of which large ones are split into parts of about equal size; groups are runs of such cells.
-
-    first_cell int64 [lists + 1]: list l is cells first_cell[l] … first_cell[l + 1] - 1; first_of_group int64
-    [groups + 1], in cells.
-    """
-
-    first_cell: np.ndarray
-    first_of_group: np.ndarray
-
-    @property
-    def groups(self) -> int:
-        """Number of groups."""
-        return len(self.first_of_group) - 1
-
-    def of(self, lists: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Return the cells of rows, int64 [n]: of a split list, by a key of the row, its id or hash."""
-        first = self.first_cell[lists]
-        parts = self.first_cell[lists + 1] - first
-        return first + (keys % parts.astype(keys.dtype)).astype(np.int64)
-
-    def probed(self, assignment: Assignment) -> tuple[np.ndarray, np.ndarray]:
-        """Return what rows probe in cells: counts int64 [n] and cells int64."""
-        parts = np.diff(self.first_cell)[assignment.probes]
-        row = np.repeat(np.arange(len(assignment.counts)), assignment.counts)
-        counts = np.bincount(row, weights=parts, minlength=len(assignment.counts)).astype(np.int64)
-        within = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-        return counts, np.repeat(self.first_cell[assignment.probes], parts) + within
-
-    def group_of(self, cells: np.ndarray) -> np.ndarray:
-        """Return the group of each cell."""
-        return np.searchsorted(self.first_of_group, cells, side="right") - 1
-
-
-def cells(sizes: np.ndarray, group_rows: int) -> Cells:
-    """Split lists of more than group_rows, and gather neighboring cells into groups of about so many rows."""
-    parts = np.maximum(1, -(-sizes // group_rows))
-    first_cell = np.concatenate([[0], np.cumsum(parts)])
-    each = np.repeat(-(-sizes // parts), parts)
-    firsts, rows = [0], 0
-    for cell, size in enumerate(each.tolist()):
-        if rows and rows + size > group_rows:
-            firsts.append(cell)
-            rows = 0
-        rows += size
-    return Cells(first_cell, np.array([*firsts, len(each)]))
-
-
-@dataclass(frozen=True)
-class Block:
-    """The rows of a group, ordered by cell and image id.
-
-    image_ids int64 [n], x [n, d] in the type of the store, cells int64 [n] ascending; counts int64 [n] and
-    probes int32: the cells that each row probes. Without probes every row is compared with every other.
-    wanted bool [n]: the rows whose neighbors are asked for. stands_for int64 [n], where duplicates are
-    collapsed: the first row of the block that is equal to each; only such rows are neighbors.
-    """
-
-    image_ids: np.ndarray
-    x: np.ndarray
-    cells: np.ndarray
-    wanted: np.ndarray
-    counts: np.ndarray | None = None
-    probes: np.ndarray | None = None
-    stands_for: np.ndarray | None = None
-
-    def distinct(self) -> Block:
-        """Return the rows that stand for themselves: those that count as neighbors."""
-        if self.stands_for is None:
-            return self
-        rows = np.flatnonzero(self.stands_for == np.arange(len(self.cells)))
-        return Block(self.image_ids[rows], self.x[rows], self.cells[rows], self.wanted[rows])
-
-    def cut(self) -> Iterator[tuple[int, slice]]:
-        """Yield each cell that has rows, and where they are."""
-        present, first = np.unique(self.cells, return_index=True)
-        for cell, start, end in zip(present.tolist(), first, [*first[1:], len(self.cells)], strict=True):
-            yield cell, slice(int(start), int(end))
-
-    def probing(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the probes of some rows as pairs: places in rows, and cells."""
-        first = np.cumsum(self.counts) - self.counts
-        counts = self.counts[rows]
-        place = np.repeat(np.arange(len(rows)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return place, self.probes[np.repeat(first[rows], counts) + within]
-
-
-def gather(parts: Iterable[Block], collapse: bool) -> Block:
-    """Put the rows of a group together that come from different holders; the same whatever these hold."""
-    parts = list(parts)
-    image_ids, x, cells, wanted = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("image_ids", "x", "cells", "wanted")
-    )
-    order = np.lexsort((image_ids, cells))
-    counts = probes = None
-    if parts[0].counts is not None:
-        counts = np.concatenate([part.counts for part in parts])
-        probes = np.concatenate([part.probes for part in parts])
-        whole = Block(image_ids, x, cells, wanted, counts, probes)
-        counts, probes = counts[order], whole.probing(order)[1]
-    image_ids, x, cells, wanted = image_ids[order], x[order], cells[order], wanted[order]
-    stands_for = _firsts_of_equal(x, cells) if collapse else None
-    return Block(image_ids, x, cells, wanted, counts, probes, stands_for)
-
-
-def hashes(x: np.ndarray) -> np.ndarray:
-    """Return a number of every row that equal rows share: uint64 [n]."""
-    words = (np.ascontiguousarray(x, np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
-    factors = np.random.default_rng(0).integers(1, 2**63, x.shape[1], np.uint64) * 2 + 1
-    mixed = (words * factors).sum(axis=1, dtype=np.uint64)
-    return mixed ^ (mixed >> np.uint64(29))
-
-
-def _firsts_of_equal(x: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Return, for every row, the first that is equal to it: int64 [n]."""
-    order = np.lexsort((hashes(x), cells))
-    new = np.ones(len(x), bool)
-    new[1:] = (x[order[1:]] != x[order[:-1]]).any(axis=1)
-    firsts = np.flatnonzero(new)
-    stands_for = np.empty(len(x), np.int64)
-    stands_for[order] = order[firsts][np.cumsum(new) - 1]
-    return stands_for
-
-
-def join(
-    block: Block,
-    fetch: Callable[[list[int]], Iterator[Block]],
-    cells: Cells,
-    group: int,
-    k: int,
-    kernel: Callable[[np.ndarray, int], Nearest] = Nearest,
-) -> tuple[Neighbors, int]:
-    """Find the k nearest rows of the wanted rows of a group in the cells they probe; also counts products.
-
-    fetch yields the blocks of other groups, in the order asked for. The rows of its own cell come first: with
-    their distances most rows of other cells are excluded by a product. A row that finds fewer than k in the
-    cells it probes is compared with all.
-    """
-    rows = np.flatnonzero(block.wanted)
-    if block.stands_for is not None:
-        rows = np.unique(block.stands_for[rows])
-    queries = block.x[rows].astype(np.float32, copy=False)
-    nearest = kernel(queries, k)
-    own = block.cells[rows]
-    everywhere = np.arange(cells.groups)
-    if block.counts is None:
-        _compare_with_all(nearest, block, fetch, everywhere, group)
-    else:
-        place, probe = block.probing(rows)
-        others = probe != own[place]
-        place, probe = place[others], probe[others]
-        order = np.argsort(probe, kind="stable")
-        place, probe = place[order], probe[order]
-        here = block.distinct()
-        mine = ((slice(*np.searchsorted(own, [cell, cell + 1])), part) for cell, part in here.cut())
-        nearest.offer(here.image_ids, here.x, mine)
-        for theirs in _own_first(block, fetch, np.unique(cells.group_of(probe)), group):
-            there = theirs.distinct()
-            cut = ((slice(*np.searchsorted(probe, [cell, cell + 1])), part) for cell, part in there.cut())
-            nearest.offer(there.image_ids, there.x, ((place[pairs], part) for pairs, part in cut))
-    found, products = nearest.found(), nearest.products
-    short = np.flatnonzero(nearest.count < k)
-    if len(short) and block.counts is not None:
-        again = kernel(queries[short], k)
-        _compare_with_all(again, block, fetch, everywhere, group)
-        found.sq_dists[short], found.image_ids[short] = (again.found().sq_dists, again.found().image_ids)
-        products += again.products
-    if block.stands_for is not None:
-        place = np.searchsorted(rows, block.stands_for[block.wanted])
-        found = Neighbors(found.sq_dists[place], found.image_ids[place])
-    return found, products
-
-
-def _compare_with_all(
-    nearest: Nearest,
-    block: Block,
-    fetch: Callable[[list[int]], Iterator[Block]],
-    groups: np.ndarray,
-    group: int,
-) -> None:
-    """Offer the rows of groups together, so many that each query settles few of them in vain."""
-    enough = max(TILE_ROWS, TILE_ROWS_PER_NEIGHBOR * nearest.k)
-    parts: list[Block] = []
-    for theirs in itertools.chain(_own_first(block, fetch, groups, group), [None]):
-        if theirs is not None:
-            parts.append(theirs.distinct())
-        if parts and (theirs is None or sum(len(part.x) for part in parts) >= enough):
-            nearest.offer(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("image_ids", "x")))
-            parts = []
-
-
-def _own_first(
-    block: Block, fetch: Callable[[list[int]], Iterator[Block]], groups: np.ndarray, group: int
-) -> Iterator[Block]:
-    """Yield the blocks of some groups: the own, then neighboring ones, likelier to hold near rows."""
-    if group in groups:
-        yield block
-    yield from fetch(sorted((g for g in groups.tolist() if g != group), key=lambda g: (abs(g - group), g)))
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What approximation cost, by the exact neighbors of a seeded sample; shares with a 95 % interval."""
-
-    rows: int
-    recall: float
-    recall_low: float
-    recall_high: float
-    mean_relative_error: float
-    largest_relative_error: float
-    rank_correlation: float
-
-
-def certify(found: np.ndarray, exact: np.ndarray) -> Certificate:
-    """Compare the distances found with the exact ones of the same rows: both float64 [s, k] ascending.
-
-    A neighbor counts as found where its distance is one of the k smallest, so that ties of equal distance
-    are not misses. The interval is that of the mean over rows, whose misses come together.
-    """
-    # The first is the row itself.
-    hits = (found[:, 1:] <= exact[:, -1:]).mean(axis=1)
-    recall = float(hits.mean())
-    half = 1.96 * float(hits.std()) / math.sqrt(len(hits))
-    # Where every row is whole the spread says nothing: the rule of three.
-    half = half or 3 / len(hits)
-    there, true = found.mean(axis=1), exact.mean(axis=1)
-    error = np.divide(there - true, true, out=np.zeros_like(true), where=true > 0)
-    return Certificate(
-        rows=len(hits),
-        recall=recall,
-        recall_low=max(0.0, recall - half),
-        recall_high=min(1.0, recall + half),
-        mean_relative_error=float(error.mean()),
-        largest_relative_error=float(error.max()),
-        rank_correlation=_rank_correlation(there, true),
-    )
-
-
-def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation, ties by their mean rank; 1 where either has one value only."""
-    ranks = []
-    for values in (a, b):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ends = np.cumsum(counts)
-        ranks.append((ends - (counts - 1) / 2)[inverse])
-    if min(np.ptp(rank) for rank in ranks) == 0:
-        return 1.0
-    return float(np.corrcoef(*ranks)[0, 1])

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selective_ray.answers import Answer
 from selective_ray.errors import UserError, named
+from selective_ray.label_files import Answer
 
 # Names that are longer are not compared for slips.
 _LONG_NAME = 64

@@ -501,38 +501,36 @@ def delete(uri: str, access: Access = DIRECT) -> None:
 
 def names(folder: str, access: Access = DIRECT) -> list[str]:
     """Return the names of the objects directly in a folder, sorted; none where there is no folder."""
-    if is_local(folder):
-        try:
-            with os.scandir(local_path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-    base, prefix = split_uri(folder)
-
-    def level(store: ObjectStore) -> list[str]:
-        import obstore
-
-        return [meta["path"] for meta in obstore.list_with_delimiter(store, prefix)["objects"]]
-
-    return sorted(path.rsplit("/", 1)[-1] for path in _attempt(level, base, folder, access))
+    return _level(folder, access)[0]
 
 
 def folders(folder: str, access: Access = DIRECT) -> list[str]:
     """Return the names of the folders directly in a folder, sorted; none where there is no folder."""
+    return _level(folder, access)[1]
+
+
+def _level(folder: str, access: Access) -> tuple[list[str], list[str]]:
     if is_local(folder):
         try:
-            with os.scandir(local_path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+            with os.scandir(local_path(folder)) as scanned:
+                entries = list(scanned)
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return [], []
+        files = (entry.name for entry in entries if entry.is_file())
+        return sorted(files), sorted(entry.name for entry in entries if entry.is_dir())
     base, prefix = split_uri(folder)
 
-    def level(store: ObjectStore) -> list[str]:
+    def level(store: ObjectStore) -> tuple[list[str], list[str]]:
         import obstore
 
-        return obstore.list_with_delimiter(store, prefix)["common_prefixes"]
+        found = obstore.list_with_delimiter(store, prefix)
+        return [meta["path"] for meta in found["objects"]], found["common_prefixes"]
 
-    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in _attempt(level, base, folder, access))
+    files, inner = (
+        sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        for paths in _attempt(level, base, folder, access)
+    )
+    return files, inner
 
 
 def delete_folder(folder: str, access: Access = DIRECT) -> None:

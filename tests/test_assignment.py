@@ -8,7 +8,7 @@ from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selective_ray import assignment, device, kmeans
+from selective_ray import assignment, assignment_torch, kmeans
 
 
 def nearest(x, centroids):
@@ -82,8 +82,8 @@ def test_a_device_changes_nothing(kind, rounding, seed):
     addmm = torch.addmm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "addmm", lambda a, x, y, **how: addmm(a, rounding(x), rounding(y.T).T, **how))
-        patch.setattr(device, "TILE_SCORES", int(rng.integers(1, 200)))
-        check(device.DeviceAssignment(x, "cpu"), rng, x, kind)
+        patch.setattr(assignment_torch, "TILE_SCORES", int(rng.integers(1, 200)))
+        check(assignment_torch.AssignmentOnDevice(x, "cpu"), rng, x, kind)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
@@ -91,7 +91,7 @@ def test_a_device_changes_nothing(kind, rounding, seed):
 def test_a_gpu_changes_nothing(kind):
     for seed in range(20):
         rng, x = examples(seed)
-        check(device.DeviceAssignment(x, "cuda"), rng, x, kind)
+        check(assignment_torch.AssignmentOnDevice(x, "cuda"), rng, x, kind)
 
 
 def test_lloyd_by_bounds_equals_lloyd_by_all_distances_and_computes_fewer(blobs):

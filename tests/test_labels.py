@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selective_ray import answers, export, labels
-from selective_ray.answers import Answer
+from selective_ray import export, label_files, labels
 from selective_ray.errors import UserError
 from selective_ray.export import Pick
+from selective_ray.label_files import Answer
 from selective_ray.labels import Labels
 
 
 def said(data: bytes | str, name: str = "f") -> list[tuple]:
     """What a file says: image id or uri, and the label, `SKIPPED`, or None."""
-    _, found = answers.parse(data if isinstance(data, bytes) else data.encode(), name)
+    _, found = label_files.parse(data if isinstance(data, bytes) else data.encode(), name)
     return [
         (a.image_id if a.image_id is not None else a.uri, "SKIPPED" if a.skipped else a.label) for a in found
     ]
@@ -27,7 +27,7 @@ def said(data: bytes | str, name: str = "f") -> list[tuple]:
 
 def refused(data: bytes | str) -> str:
     with pytest.raises(UserError) as error:
-        answers.parse(data if isinstance(data, bytes) else data.encode(), "FILE")
+        label_files.parse(data if isinstance(data, bytes) else data.encode(), "FILE")
     assert "FILE" in str(error.value)
     return str(error.value)
 
@@ -41,7 +41,7 @@ def refused(data: bytes | str) -> str:
 def test_csv_as_programs_write_it(mark, encoding, end):
     rows = ["Image_ID,Label,skipped", "3,Kätzchen,", "4.0,,x", "5,,", '"7","two, three",0', ""]
     data = end.join(rows).replace(",", mark).replace(f"two{mark}", "two,").encode(encoding)
-    assert answers.parse(data, "f")[0] == "CSV"
+    assert label_files.parse(data, "f")[0] == "CSV"
     assert said(data) == [(3, "Kätzchen"), (4, "SKIPPED"), (5, None), (7, "two, three")]
 
 
@@ -54,9 +54,9 @@ def test_jsonl_and_json():
     ]
     expected = [("s3://b/1", "a"), ("s3://b/2", "7"), ("s3://b/3", None), ("s3://b/4", "SKIPPED")]
     lines = "\n".join(json.dumps(row) for row in rows)
-    assert answers.parse(lines.encode(), "f")[0] == "JSONL" and said(lines) == expected
+    assert label_files.parse(lines.encode(), "f")[0] == "JSONL" and said(lines) == expected
     whole = json.dumps(rows, indent=2)
-    assert answers.parse(whole.encode(), "f")[0] == "JSON" and said(whole) == expected
+    assert label_files.parse(whole.encode(), "f")[0] == "JSON" and said(whole) == expected
     # A line separator in a string ends no line of JSON.
     assert said('{"uri": "a\u2028b", "label": "c"}\n') == [("a\u2028b", "c")]
 
@@ -102,7 +102,7 @@ def test_label_studio_json():
         task(4, {"image": "s3://b/4.jpg"}),
         task(5, {"image": "s3://b/5.jpg"}, annotation("cat", cancelled=True), annotation("dog")),
     ]
-    kind, _ = answers.parse(json.dumps(tasks).encode(), "f")
+    kind, _ = label_files.parse(json.dumps(tasks).encode(), "f")
     assert kind == "Label Studio JSON"
     assert said(json.dumps(tasks)) == [
         (4, "cat"),
@@ -224,7 +224,7 @@ def test_entities_are_not_expanded(tmp_path):
 
 
 def test_a_zip_that_grows_is_not_unpacked(monkeypatch):
-    monkeypatch.setattr(answers, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(label_files, "MAX_BYTES", 1 << 16)
     assert "larger" in refused(zipped(annotations_xml=b" " * (1 << 20)))
 
 
@@ -233,7 +233,7 @@ def test_a_zip_that_grows_is_not_unpacked(monkeypatch):
 def test_no_bytes_bring_anything_but_answers_or_a_sentence(data):
     for start in (b"", b"image_id,label\n", b"[", b"{", b"<annotations>", b"PK\x03\x04"):
         try:
-            kind, found = answers.parse(start + data, "f")
+            kind, found = label_files.parse(start + data, "f")
         except UserError:
             continue
         assert kind and all(isinstance(answer, Answer) for answer in found)
@@ -286,9 +286,9 @@ def test_two_labels_for_one_image_are_a_contradiction():
 
 @given(st.text())
 def test_cells_are_no_formulas_and_come_back(text):
-    cell = answers.plain_cell(text)
+    cell = label_files.plain_cell(text)
     assert cell[:1] not in set("=+-@\t\r\n") or not cell
-    assert answers._plain(cell) == text
+    assert label_files._plain(cell) == text
 
 
 @settings(deadline=None)
@@ -351,7 +351,7 @@ def listing(*uris: str) -> pa.Table:
         ("to/1.jpg", []),
         ("s3://other/photos/1.jpg", []),
         ("/photos/1.jpg", []),
-        ("/data/local-files/?d=home/me/my%20cat.png", [1]),
+        ("/data/local-files/?d=photos/my%20cat.png", [1]),
         ("my cat.png", [1]),
         ("azure-blob://box/a/7.png", [4]),
         ("https://b.s3.amazonaws.com/x/photos/1.jpg?X-Amz-Signature=0", [2]),
@@ -362,7 +362,7 @@ def listing(*uris: str) -> pa.Table:
 )
 def test_names_mean_the_images_that_they_are_the_end_of(name, expected):
     whole = listing(
-        "s3://b/photos/1.jpg", "/home/me/my cat.png", "s3://b/x/photos/1.jpg", "gs://c/shard.tar#in/9.jpg",
+        "s3://b/photos/1.jpg", "/photos/my cat.png", "s3://b/x/photos/1.jpg", "gs://c/shard.tar#in/9.jpg",
         "az://box/a/7.png",
     )  # fmt: skip
     for parts in ([whole], [whole.slice(0, 2), whole.slice(2)]):
@@ -400,8 +400,8 @@ def test_label_studio_tasks_are_split_by_number_and_bytes():
         ("gs://b/a.jpg", "gs://b/a.jpg"),
         ("az://box/a.jpg", "azure-blob://box/a.jpg"),
         ("abfs://box@account.dfs.core.windows.net/a.jpg", "azure-blob://box/a.jpg"),
-        ("/home/a b&c.jpg", "/data/local-files/?d=home/a%20b%26c.jpg"),
-        ("file:///home/%FF.jpg", "/data/local-files/?d=home/%FF.jpg"),
+        ("/photos/a b&c.jpg", "/data/local-files/?d=photos/a%20b%26c.jpg"),
+        ("file:///photos/%FF.jpg", "/data/local-files/?d=photos/%FF.jpg"),
         ("https://x.org/a.jpg", "https://x.org/a.jpg"),
     ],
 )
@@ -454,5 +454,5 @@ def test_csv_is_safe_in_spreadsheets_and_labels_come_back():
     some = [Pick(i, uri, i) for i, uri in enumerate(evil)]
     text = export.csv_file(some).data.decode()
     assert all(row.split(",", 1)[1][0] not in "=+-@\t" for row in text.splitlines()[1:] if row[:1].isdigit())
-    _, found = answers.parse(text.replace(",,\r\n", ",=cat,\r\n").encode(), "f")
+    _, found = label_files.parse(text.replace(",,\r\n", ",=cat,\r\n").encode(), "f")
     assert [(a.image_id, a.uri, a.label) for a in found] == [(i, uri, "=cat") for i, uri in enumerate(evil)]

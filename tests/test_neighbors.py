@@ -13,17 +13,22 @@ from selective_ray.distances import flat_nonzero
 from selective_ray.neighbors import Nearest, neighbors
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_same_bits_for_any_blocks_order_and_error_bound(seed):
-    """Near-duplicates at every scale, and an error bound that distrusts most products."""
-    rng = np.random.default_rng(seed)
+def near_duplicates(rng):
+    """120 rows of which many are near, at every scale, and 30 equal."""
     centers = unit(rng.normal(size=(6, 24)))
     x = unit(
         centers[rng.integers(0, 6, 120)] + 10.0 ** rng.uniform(-9, 0, (120, 1)) * rng.normal(size=(120, 24))
     )
     x[rng.integers(0, 120, 30)] = x[0]
-    k = int(rng.integers(2, 40))
+    return x
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_same_bits_for_any_blocks_order_and_error_bound(seed):
+    """Near-duplicates, and an error bound that distrusts most products."""
+    rng = np.random.default_rng(seed)
+    x, k = near_duplicates(rng), int(rng.integers(2, 40))
     exact = np.sort(oracle.sq_dists(x, x), axis=1)[:, :k]
     blocks = in_blocks(x, int(rng.integers(1, 121)))
     rng.shuffle(blocks)

@@ -5,11 +5,11 @@ import functools
 import numpy as np
 import oracle
 import pytest
-from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_density import in_blocks
 from test_ivf import joined, scattered
+from test_neighbors import near_duplicates
 
 from selective_ray import ivf, neighbors_torch
 from selective_ray.neighbors import Nearest
@@ -21,14 +21,9 @@ on_device = functools.partial(NearestOnDevice, device="cpu")
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None)
 def test_same_neighbors_as_direct_differences(seed):
-    """Near-duplicates at every scale, in blocks of any size, with an error bound that distrusts products."""
+    """Near-duplicates, in blocks of any size, with an error bound that distrusts products."""
     rng = np.random.default_rng(seed)
-    centers = unit(rng.normal(size=(6, 24)))
-    x = unit(
-        centers[rng.integers(0, 6, 120)] + 10.0 ** rng.uniform(-9, 0, (120, 1)) * rng.normal(size=(120, 24))
-    )
-    x[rng.integers(0, 120, 30)] = x[0]
-    k = int(rng.integers(2, 40))
+    x, k = near_duplicates(rng), int(rng.integers(2, 40))
     exact = np.sort(oracle.sq_dists(x, x), axis=1)[:, :k]
     for error in (None, 10.0):
         nearest = on_device(x, k, error=error)

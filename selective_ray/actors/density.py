@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from selective_ray import density, ivf
+from selective_ray import certificate, density, ivf, joining
 from selective_ray.actors.joining import WORK, Joined, Joining, read_joined
+from selective_ray.actors.pool import Pool, Shrunk
 from selective_ray.actors.session import peak_memory
-from selective_ray.actors.shards import Pool, Shrunk
 from selective_ray.config import Config
 from selective_ray.errors import UserError
+from selective_ray.joining import Cells
 from selective_ray.progress import Reporter, Watch
 from selective_ray.schema import Neighbors
 from selective_ray.store import Manifest, Run, Stopwatch
@@ -182,7 +183,7 @@ class _Stage:
 
     # Lists
 
-    def _search_lists(self, reporter: Reporter) -> tuple[ivf.Cells, dict[str, Any]]:
+    def _search_lists(self, reporter: Reporter) -> tuple[Cells, dict[str, Any]]:
         settings = self.config.density
         quantizer = self._quantizer()
         sample, centroids = quantizer.sample, quantizer.centroids
@@ -193,17 +194,17 @@ class _Stage:
         while True:
             cells, sampled = self._search(certified.image_ids)
             found = self._sampled(sampled, certified)
-            certificate = ivf.certify(found, certified.exact.sq_dists)
-            if settings.probes or certificate.recall >= settings.recall or self.how.reach >= ivf.WHOLE_SPHERE:
+            reached = certificate.certify(found, certified.exact.sq_dists)
+            if settings.probes or reached.recall >= settings.recall or self.how.reach >= ivf.WHOLE_SPHERE:
                 break
             self.how = self._further(sample, centroids)
             reporter.say(
-                f"density: recall {certificate.recall:.4f} of {settings.recall} asked; probing within "
+                f"density: recall {reached.recall:.4f} of {settings.recall} asked; probing within "
                 f"{self.how.reach:.3f} where that adds lists"
             )
-        if certificate.recall < settings.recall:
+        if reached.recall < settings.recall:
             reporter.warn(
-                f"density.probes = {settings.probes} found {100 * certificate.recall:.1f} % of neighbors, "
+                f"density.probes = {settings.probes} found {100 * reached.recall:.1f} % of neighbors, "
                 f"and density.recall is {settings.recall}; raise the probes or leave them out"
             )
         return cells, {
@@ -213,7 +214,7 @@ class _Stage:
             "reach": None if settings.probes else self.how.reach,
             "probes": settings.probes,
             "rounds": self.how.round + 1,
-            "certificate": asdict(certificate),
+            "certificate": asdict(reached),
         }
 
     def _quantizer(self) -> _Quantizer:
@@ -286,7 +287,7 @@ class _Stage:
 
     # Groups
 
-    def _search(self, sampled: np.ndarray) -> tuple[ivf.Cells, list[tuple[np.ndarray, np.ndarray]]]:
+    def _search(self, sampled: np.ndarray) -> tuple[Cells, list[tuple[np.ndarray, np.ndarray]]]:
         """Join every group that has not been; also what was found of the sampled images."""
         while True:
             try:
@@ -297,10 +298,10 @@ class _Stage:
 
     def _search_with(
         self, actors: list[Any], sampled: np.ndarray
-    ) -> tuple[ivf.Cells, list[tuple[np.ndarray, np.ndarray]]]:
+    ) -> tuple[Cells, list[tuple[np.ndarray, np.ndarray]]]:
         self._begin("finding the lists of all rows")
         sizes = sum(self.pool.each(lambda actor: actor.assign.remote(self.how)))
-        cells = ivf.cells(sizes, self.plan.group_rows)
+        cells = joining.cells(sizes, self.plan.group_rows)
         kept = {group: read_joined(self.run, self.how, group) for group in range(cells.groups)}
         found = [joined for joined in kept.values() if joined]
         todo = [group for group, joined in kept.items() if not joined]
@@ -330,7 +331,7 @@ class _Stage:
         self.products += sum(one.products for one in new)
 
     def _move(
-        self, actors: list[Any], cells: ivf.Cells, owners: np.ndarray, sent: ray.ObjectRef
+        self, actors: list[Any], cells: Cells, owners: np.ndarray, sent: ray.ObjectRef
     ) -> list[ray.ObjectRef]:
         """Move the rows of every group to its owner; returns the groups by reference."""
         blocks: list[ray.ObjectRef] = []

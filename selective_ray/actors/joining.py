@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from selective_ray import density, ivf, objects
+from selective_ray import density, ivf, joining, objects
 from selective_ray.actors.session import peak_memory
 from selective_ray.errors import UserError
+from selective_ray.joining import Block, Cells
 from selective_ray.neighbors import Nearest
 from selective_ray.schema import DENSITY, neighbors_schema, sq_dist_column
 from selective_ray.store import Run
@@ -85,7 +86,7 @@ class RowsByList:
             lists = np.arange(first, first + len(x)) // how.list_rows
             if how.collapse:
                 # Equal rows must meet.
-                lists = ivf.hashes(x) % np.uint64(-(-self.holder.n // how.list_rows))
+                lists = joining.hashes(x) % np.uint64(-(-self.holder.n // how.list_rows))
             return ivf.Assignment(lists.astype(np.int32), np.zeros(len(x), np.int32), nothing), wanted
         run, name = self.holder.run, how.file("lists", shard)
         if run.exists("density", WORK, name):
@@ -108,11 +109,11 @@ class RowsByList:
             lists = len(ray.get(self.how.centroids))
         return np.bincount(self.assignment.lists, minlength=lists)
 
-    def _cells(self, cells: ivf.Cells) -> np.ndarray:
-        keys = ivf.hashes(self.holder.x) if self.how.collapse else self.holder.image_ids
+    def _cells(self, cells: Cells) -> np.ndarray:
+        keys = joining.hashes(self.holder.x) if self.how.collapse else self.holder.image_ids
         return cells.of(self.assignment.lists, keys)
 
-    def work(self, cells: ivf.Cells, sizes: np.ndarray) -> np.ndarray:
+    def work(self, cells: Cells, sizes: np.ndarray) -> np.ndarray:
         """Return the products of each group's rows held here."""
         group = cells.group_of(self._cells(cells))
         if self.how.centroids is None:
@@ -122,7 +123,7 @@ class RowsByList:
             each = np.bincount(row, weights=sizes[self.assignment.probes], minlength=len(group))
         return np.bincount(group, weights=each * self.wanted, minlength=cells.groups)
 
-    def slice(self, cells: ivf.Cells, group: int) -> ivf.Block:
+    def slice(self, cells: Cells, group: int) -> Block:
         """Return the rows held here that belong to a group."""
         if self.order is None:
             mine = self._cells(cells)
@@ -141,7 +142,7 @@ class RowsByList:
             # Half of what they take: there are more of them than of anything but coordinates.
             probes = probes.astype(np.int32)
         x = self.holder.x[rows].astype(self.holder.dtype, copy=False)
-        return ivf.Block(self.holder.image_ids[rows], x, mine[first:last], self.wanted[rows], counts, probes)
+        return Block(self.holder.image_ids[rows], x, mine[first:last], self.wanted[rows], counts, probes)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def read_joined(run: Run, how: Joining, group: int) -> Joined | None:
 def join_group(
     run: Run,
     how: Joining,
-    cells: ivf.Cells,
+    cells: Cells,
     group: int,
     blocks: list[ray.ObjectRef],
     sampled: np.ndarray,
@@ -187,13 +188,13 @@ def join_group(
         return there
     block = ray.get(blocks[group])
 
-    def fetch(groups: list[int]) -> Iterator[ivf.Block]:
+    def fetch(groups: list[int]) -> Iterator[Block]:
         for i, wanted in enumerate(groups):
             # The next starts to travel while this one is joined.
             ray.wait([blocks[group] for group in groups[i : i + 2]], timeout=0, fetch_local=True)
             yield ray.get(blocks[wanted])
 
-    found, products = ivf.join(block, fetch, cells, group, how.needed, kernel)
+    found, products = joining.join(block, fetch, cells, group, how.needed, kernel)
     if np.isinf(found.sq_dists).any():
         least = int(np.isfinite(found.sq_dists).sum(axis=1).min()) - (not how.include_self)
         raise density.too_few_distinct(how.k, least)

@@ -16,8 +16,8 @@ import numpy as np
 import ray
 
 from selective_ray import kmeans, objects, starts, two_level
+from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import peak_memory
-from selective_ray.actors.shards import Pool
 from selective_ray.config import Config
 from selective_ray.progress import Reporter, Watch
 from selective_ray.schema import Partial

@@ -9,8 +9,8 @@ from selective_ray import labeled, listing, objects, report
 from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since
 from selective_ray.actors.brought import bring_file, refer_to_run
 from selective_ray.actors.images import list_source
+from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
-from selective_ray.actors.shards import Pool
 from selective_ray.config import Config
 from selective_ray.density import possible_k
 from selective_ray.errors import UserError

@@ -16,8 +16,9 @@ import pyarrow as pa
 import ray
 
 from selective_ray import density, selection
+from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import peak_memory
-from selective_ray.actors.shards import Judging, Pool
+from selective_ray.actors.shards import Judging
 from selective_ray.config import Config
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter

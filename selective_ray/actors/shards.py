@@ -6,18 +6,16 @@ call needs comes with it, so nothing is lost but time.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import density, ivf, kmeans, selection, starts, two_level
+from selective_ray import density, ivf, joining, kmeans, selection, starts, two_level
 from selective_ray.actors.joining import (
     Joined,
     Joining,
@@ -27,11 +25,11 @@ from selective_ray.actors.joining import (
     neighbors_table,
     read_groups,
 )
-from selective_ray.actors.placement import gpus_each
-from selective_ray.actors.session import Session, cpus, gpus, peak_memory, unwrapped
-from selective_ray.config import Resources
+from selective_ray.actors.session import peak_memory
+from selective_ray.assignment import Assignment
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
+from selective_ray.joining import Block, Cells
 from selective_ray.neighbors import Nearest
 from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates, Repulsion
@@ -40,12 +38,6 @@ from selective_ray.two_level import Split
 
 # How often an actor may die before the run gives up, and a call be repeated.
 RESTARTS = 20
-# How often the cluster is looked at while an answer is waited for.
-LOOK_AROUND_SECONDS = 2.0
-
-
-class Shrunk(Exception):
-    """The cluster has lost nodes, and has no room for the actors that were started on it."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +57,15 @@ class Judging:
     prune: bool
 
 
-def _kernels() -> tuple[Callable[..., Nearest], Callable[..., Iterator[tuple]]]:
-    """How neighbors and lists are found: in torch where this process has a GPU."""
+def _kernels() -> tuple[Callable[..., Nearest], Callable[..., Iterator[tuple]], Callable[..., Assignment]]:
+    """How neighbors, lists and nearest centroids are found: in torch where this process has a GPU."""
     if not ray.get_gpu_ids():
-        return Nearest, ivf.propose
+        return Nearest, ivf.propose, Assignment
     # An import of seconds, for those who have a GPU.
-    from selective_ray import neighbors_torch
+    from selective_ray import assignment_torch, neighbors_torch
 
-    return neighbors_torch.NearestOnDevice, neighbors_torch.propose
+    on_device = assignment_torch.AssignmentOnDevice
+    return neighbors_torch.NearestOnDevice, neighbors_torch.propose, on_device
 
 
 # What others need goes out beside the work, so that two holders never wait for each other.
@@ -89,7 +82,7 @@ class ShardHolder:
             shard: slice(end - count, end) for shard, count, end in zip(shards, rows, ends, strict=True)
         }
         self.count = ends[-1]
-        self.nearest, self.propose = _kernels()
+        self.nearest, self.propose, self.assignment = _kernels()
         self.loading = threading.Lock()
         self.held: tuple[np.ndarray, np.ndarray] | None = None
         self.by_list: RowsByList | None = None
@@ -152,10 +145,8 @@ class ShardHolder:
 
     def lists_of(self, image_ids: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the lists of the images held here: places in image_ids, and lists."""
-        row = np.searchsorted(self.image_ids, image_ids)
-        place = np.flatnonzero(row < len(self.image_ids))
-        place = place[self.image_ids[row[place]] == image_ids[place]]
-        return place, ivf.assign(self.x[row[place]], centroids, propose=self.propose).lists
+        place, rows = selection.find(self.image_ids, image_ids)
+        return place, ivf.assign(self.x[rows], centroids, propose=self.propose).lists
 
     def _density(self, how: Joining) -> RowsByList:
         if self.by_list is None or self.by_list.how != how:
@@ -166,23 +157,23 @@ class ShardHolder:
         """Find and keep the lists that the rows held here are in and probe; returns the sizes of lists."""
         return self._density(how).sizes()
 
-    def work(self, how: Joining, cells: ivf.Cells, sizes: np.ndarray) -> np.ndarray:
+    def work(self, how: Joining, cells: Cells, sizes: np.ndarray) -> np.ndarray:
         """Return what the join costs for each group, as far as its rows are held here, in products."""
         return self._density(how).work(cells, sizes)
 
     @ray.method(concurrency_group="move")
-    def slices(self, how: Joining, cells: ivf.Cells, groups: list[int]) -> tuple[ivf.Block, ...] | ivf.Block:
+    def slices(self, how: Joining, cells: Cells, groups: list[int]) -> tuple[Block, ...] | Block:
         """Return the rows held here of some groups."""
         blocks = tuple(self._density(how).slice(cells, group) for group in groups)
         return blocks if len(blocks) > 1 else blocks[0]
 
     @ray.method(concurrency_group="move")
-    def gather(self, how: Joining, *parts: ivf.Block) -> ivf.Block:
+    def gather(self, how: Joining, *parts: Block) -> Block:
         """Own a group: put its rows together."""
-        return ivf.gather(parts, how.collapse)
+        return joining.gather(parts, how.collapse)
 
     def join(
-        self, how: Joining, cells: ivf.Cells, group: int, blocks: list[ray.ObjectRef], sampled: np.ndarray
+        self, how: Joining, cells: Cells, group: int, blocks: list[ray.ObjectRef], sampled: np.ndarray
     ) -> Joined:
         """Find the neighbors of the rows of a group and write their densities."""
         return join_group(self.run, how, cells, group, blocks, sampled, self.nearest)
@@ -234,12 +225,7 @@ class ShardHolder:
     def _clustering(self) -> kmeans.Rows:
         self.inside = None
         if self.clustering is None:
-            assignment = None
-            if ray.get_gpu_ids():
-                from selective_ray.device import DeviceAssignment
-
-                assignment = DeviceAssignment(self.x, "cuda")
-            self.clustering = kmeans.Rows(self.x, self.image_ids, self.n, assignment)
+            self.clustering = kmeans.Rows(self.x, self.image_ids, self.n, self.assignment(self.x))
         return self.clustering
 
     def kmeans_step_inside(
@@ -358,135 +344,3 @@ class ShardHolder:
                 f"remove {self.run.path(table)} and run again"
             )
         return content[column].to_numpy()
-
-
-class Pool:
-    """The actors that together hold all shards of a run's embeddings; started when first needed."""
-
-    def __init__(self, run: Run, resources: Resources, session: Session) -> None:
-        self.run, self.resources, self.session = run, resources, session
-        self.actors: list[Any] = []
-        self.held: list[list[int]] = []
-        # CPUs that each takes, and that the cluster had when they were started.
-        self.share, self.room = 1.0, 0.0
-        self.stated: Callable[[int, int], int] = self._rows_alone
-
-    def start(self, stated: Callable[[int, int], int] | None = None) -> None:
-        """Start the actors unless they run; each holds a contiguous share of the shards.
-
-        stated gives the bytes that an actor of so many rows takes, one of so many actors. Raises UserError
-        where they are not there.
-        """
-        if self.actors:
-            return
-        self.stated = stated or self.stated
-        self.session.start()
-        embeddings = self.run.manifest("embeddings")
-        assert embeddings is not None
-        rows = [shard.rows for shard in embeddings.shards]
-        each = gpus_each(self.resources)
-        count = min(self.resources.workers or (int(gpus() / each) if each else cpus()), len(rows))
-        self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
-        ends = np.cumsum([0, *rows]).tolist()
-        dtype = embeddings.what["embed"]["dtype"]
-        memory = max(self.stated(sum(rows[shard] for shard in held), count) for held in self.held)
-        self._check_room(count, memory)
-        # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.
-        self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
-        self.actors = [
-            ShardHolder.options(num_cpus=self.share, num_gpus=each, memory=memory).remote(
-                *(self.run, held, [rows[shard] for shard in held], ends[held[0]], ends[-1], dtype)
-            )
-            for held in self.held
-        ]
-
-    def _rows_alone(self, rows: int, _: int) -> int:
-        return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 160) + 2**28
-
-    def _check_room(self, count: int, memory: int) -> None:
-        there = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-        room = sum(int(bytes_ // memory) for bytes_ in there)
-        if room < count:
-            raise UserError(
-                f"{count} workers that hold the embeddings take {memory / 1e9:.1f} GB each, and the memory "
-                f"of the cluster ({sum(there) / 1e9:.1f} GB on {len(there)} machines) has room for {room}; "
-                "use larger machines or more of them, or another number of --set resources.workers"
-            )
-
-    def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fetch rows by their position among all, in the order given: image_ids int64 [p], float32 [p, d]."""
-        answers = self.all(lambda actor: actor.rows_at.remote(positions))
-        places, image_ids, x = (np.concatenate(part) for part in zip(*answers, strict=True))
-        order = np.argsort(places)
-        return image_ids[order], x[order]
-
-    def each(self, call: Callable[[Any], ray.ObjectRef]) -> Iterator[Any]:
-        """Make one call on every actor and yield the answers as they come, so that few are held at a time.
-
-        Raises Shrunk where the cluster has lost the room for the actors.
-        """
-        pending = [call(actor) for actor in self.actors]
-        while pending:
-            ready = self.wait(pending, 1)[0]
-            pending.remove(ready)
-            yield self.answer(ready)
-
-    def fold(self, call: Callable[[Any], ray.ObjectRef], merge: Callable[[Any, Any], Any]) -> Any:
-        """Make one call on every actor and merge the answers; with new actors where the cluster shrinks."""
-        while True:
-            try:
-                return functools.reduce(merge, self.each(call))
-            except Shrunk:
-                self.restart()
-
-    def all(self, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
-        """Make one call on every actor and return the answers, as they came."""
-        while True:
-            try:
-                return list(self.each(call))
-            except Shrunk:
-                self.restart()
-
-    def wait(self, calls: list[ray.ObjectRef], count: int | None = None) -> list[ray.ObjectRef]:
-        """Wait for some or all calls and return those done; raises Shrunk rather than wait for ever."""
-        count = count or len(calls)
-        while True:
-            ready, _ = ray.wait(calls, num_returns=count, timeout=LOOK_AROUND_SECONDS, fetch_local=False)
-            if len(ready) >= count:
-                return ready
-            if ray.cluster_resources().get("CPU", 0.0) < min(self.room, self.share * len(self.actors)) - 1e-6:
-                raise Shrunk
-
-    @staticmethod
-    def answer(call: ray.ObjectRef) -> Any:
-        """Return the answer of a call; a UserError of an actor is raised as itself."""
-        try:
-            with unwrapped():
-                return ray.get(call)
-        except ray.exceptions.RayActorError as error:
-            raise UserError(
-                f"a worker ended {RESTARTS} times, most likely for lack of memory; give it more, or "
-                f"fewer --set resources.workers ({str(error).splitlines()[0]})"
-            ) from None
-
-    def train(self, lists: int, seed: int, positions: np.ndarray) -> np.ndarray:
-        """Train the centroids of inverted lists on one actor, which gets the rows from all of them."""
-        while True:
-            drawn = [actor.rows_at.remote(positions) for actor in self.actors]
-            call = self.actors[0].train.remote(lists, seed, *drawn)
-            try:
-                self.wait([call])
-                return self.answer(call)
-            except Shrunk:
-                self.restart()
-
-    def restart(self) -> None:
-        """Start anew, with as many actors as the cluster has room for now."""
-        self.stop()
-        self.start()
-
-    def stop(self) -> None:
-        """End the actors and free what they hold."""
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []

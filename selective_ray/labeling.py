@@ -1,29 +1,22 @@
-"""A run and the people who label it: its picks go out as files, and labels come in."""
+"""The labels that people gave, from a file into a run."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import itertools
 import json
-import os
 import posixpath
-import re
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selective_ray import answers, export, images, labels, objects, reading
-from selective_ray.answers import Answer
+from selective_ray import label_files, labels, objects
 from selective_ray.errors import UserError, named
-from selective_ray.export import File, Pick
-from selective_ray.images import Rejected
+from selective_ray.export import copy_of, selected, stamp_of
+from selective_ray.label_files import Answer
 from selective_ray.labels import Labels
 from selective_ray.lease import Lease
 from selective_ray.memory import peak_memory
@@ -31,175 +24,6 @@ from selective_ray.objects import Access, Request
 from selective_ray.progress import Reporter
 from selective_ray.schema import LABELS, SKIPPED
 from selective_ray.store import Run
-
-# Bytes of a JPEG in which its size and orientation are, unless it begins with a long profile or preview.
-HEAD = 64 << 10
-# Copies that are written at a time.
-WRITERS = 16
-# The name of a copy: the listing that its image id is of, and the id.
-_COPY = re.compile(r"([0-9a-f]{8})-(\d{12})\.\w+")
-
-
-# Picks out
-
-
-def write_picks(
-    run: Run, kind: str, out: str | None, copies: str | None, reporter: Reporter
-) -> tuple[str, list[File]]:
-    """Write the picks of a finished selection in one of `export.FORMATS`; returns the folder and the files.
-
-    copies: a folder to which the picks are copied as files, which the files written then name. Raises
-    UserError where the selection is not finished, a pick cannot be read, the tool cannot reach the picks, or
-    a file of the same name holds something else: somebody may have filled it in.
-    """
-    if run.manifest("selection") is None:
-        raise UserError(f"{run.uri} has no finished selection; run `selective-ray select` on it first")
-    selection = _selection(run)
-    folder = _folder(out) if out else run.path("export")
-    listed = run.listed(selection["image_id"].to_numpy())
-    columns = (selection[name].to_pylist() for name in ("image_id", "uri", "cluster_id"))
-    picks = [
-        Pick(image, uri, cluster, _file(run, uri, offset))
-        for image, uri, cluster, offset in zip(*columns, listed["offset"].to_pylist(), strict=True)
-    ]
-    sizes: list[tuple[int, int]] = []
-    if copies:
-        picks, sizes = _copied(run, picks, listed, _folder(copies), reporter)
-    elif kind == "cvat":
-        # What it cannot have is known before anything is read.
-        next(export.cvat_files(picks, [(0, 0)] * len(picks)))
-        sizes = _sizes(run, picks, listed, reporter)
-    files = {
-        "csv": lambda: [export.csv_file(picks)],
-        "jsonl": lambda: [export.jsonl_file(picks)],
-        "label-studio": lambda: list(export.label_studio_files(picks)),
-        "cvat": lambda: list(export.cvat_files(picks, sizes)),
-    }[kind]()
-    for file in files:
-        _write_once(f"{folder}/{file.name}", file.data, run.access)
-    return folder, files
-
-
-def _selection(run: Run) -> pa.Table:
-    """Return the picks, image_id, uri and cluster_id; no rows where nothing is selected yet."""
-    schema = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("cluster_id", pa.int32())])
-    manifest = run.manifest("selection")
-    parts = [
-        run.read_shard("selection", shard.index, schema.names).cast(schema)
-        for shard in (manifest.shards if manifest else [])
-    ]
-    return pa.concat_tables([schema.empty_table(), *parts]).combine_chunks()
-
-
-def _folder(place: str) -> str:
-    """Return a folder as a prefix of uris."""
-    if objects.is_local(place):
-        return objects.local_uri(os.path.abspath(objects.local_path(place))).rstrip("/")  # noqa: PTH100
-    objects.split_uri(place)
-    return place.rstrip("/")
-
-
-def _file(run: Run, uri: str, offset: int | None) -> str | None:
-    """Return the uri of the file that holds an image and nothing else; None where there is none."""
-    if offset is not None or uri.startswith(f"{run.manifest('images').what.get('source')}#"):
-        return None
-    if objects.is_local(uri):
-        return uri if objects.local_path(uri).startswith("/") else None
-    known = (*(f"{scheme}://" for scheme in objects.SCHEMES), "http://", "https://")
-    return uri if uri.lower().startswith(known) else None
-
-
-def _write_once(uri: str, data: bytes, access: Access) -> None:
-    try:
-        if not objects.exists(uri, access):
-            objects.write(uri, data, access)
-        elif objects.read(Request(uri), access) != data:
-            raise UserError(f"{uri} is there and holds something else; move it away, or choose another --out")
-    except OSError as error:
-        raise UserError(f"{uri} cannot be written ({error}); choose another --out") from None
-
-
-def _stamp(run: Run) -> str:
-    """Name the listing that image ids are of, as in the names of copies."""
-    return run.manifest("images").fingerprint[:8]
-
-
-def _copied(
-    run: Run, picks: list[Pick], listed: pa.Table, folder: str, reporter: Reporter
-) -> tuple[list[Pick], list[tuple[int, int]]]:
-    """Copy picks to a folder, named by their ids; returns the picks with these files, and their sizes."""
-    stamp, copied, sizes = _stamp(run), [], []
-    with reporter.stage("copy", len(picks), "images") as bar, ThreadPoolExecutor(WRITERS) as pool:
-        found = zip(picks, _fetched(run, picks, listed), strict=True)
-        while some := list(itertools.islice(found, 4 * WRITERS)):
-            writes = []
-            for pick, data in some:
-                width, height, extension = _extent(pick, data)
-                own = posixpath.splitext(pick.uri)[1].lower()
-                extension = own if own in images.EXTENSIONS else extension
-                file = f"{folder}/{stamp}-{pick.image_id:012d}{extension}"
-                writes.append(pool.submit(objects.write, file, data, run.access))
-                copied.append(dataclasses.replace(pick, file=file))
-                sizes.append((width, height))
-            try:
-                for write in writes:
-                    write.result()
-            except OSError as error:
-                raise UserError(f"{folder} cannot be written ({error}); choose another --copies") from None
-            bar.advance(len(some))
-    return copied, sizes
-
-
-def _sizes(run: Run, picks: list[Pick], listed: pa.Table, reporter: Reporter) -> list[tuple[int, int]]:
-    """Return width and height of picks; of JPEGs, only the first bytes are read."""
-    length = dict(zip(listed["uri"].to_pylist(), listed["size"].to_pylist(), strict=True))
-
-    def head(request: Request, access: Access) -> bytes:
-        if (length[request.uri] or 0) <= HEAD:
-            return objects.read(request, access)
-        start = objects.read(dataclasses.replace(request, stop=HEAD), access)
-        if start[:2] == b"\xff\xd8":
-            try:
-                images.extent(start)
-                return start
-            except Rejected:
-                pass
-        return objects.read(request, access)
-
-    sizes = []
-    with reporter.stage("sizes", len(picks), "images") as bar:
-        for pick, data in zip(picks, _fetched(run, picks, listed, head), strict=True):
-            sizes.append(_extent(pick, data)[:2])
-            bar.advance(1)
-    return sizes
-
-
-def _fetched(
-    run: Run, picks: list[Pick], listed: pa.Table, read: reading.Read = objects.read
-) -> Iterator[bytes]:
-    """Read picks in order; raises UserError for one that cannot be read."""
-    places = zip(picks, listed["offset"].to_pylist(), strict=True)
-    if nowhere := [pick.uri for pick, offset in places if pick.file is None and offset is None]:
-        raise UserError(
-            f"{len(nowhere):,} picks have no image that could be read ({named(nowhere, ', ')}): the run was "
-            "made from embeddings; bring them as Parquet with a column `uri`, or export csv or jsonl"
-        )
-    column = run.manifest("images").what.get("images", {}).get("column")
-    found = reading.fetch(listed, run.access, column=column, read=read)
-    for pick, data in zip(picks, found, strict=True):
-        if isinstance(data, Rejected):
-            raise UserError(f"{pick.uri} cannot be read: {data}; put it back and run again")
-        yield data
-
-
-def _extent(pick: Pick, data: bytes) -> tuple[int, int, str]:
-    try:
-        return images.extent(data)
-    except Rejected as reason:
-        raise UserError(f"{pick.uri} cannot be read: {reason}; put it back and run again") from None
-
-
-# Labels in
 
 
 def read_labels(run: Run) -> Labels:
@@ -227,10 +51,10 @@ def bring_labels(run: Run, file: str, *, replace: bool, reporter: Reporter) -> d
         raise UserError(
             f"{run.uri} has no finished listing of images; run `selective-ray select` on it first"
         )
-    kind, found = answers.parse(_bytes(file, run.access), file)
+    kind, found = label_files.parse(_bytes(file, run.access), file)
     if not found:
         raise UserError(f"{file} names no images; export the labels again")
-    selection = _selection(run)
+    selection = selected(run)
     image_ids = _identified(run, found, selection, file)
     brought = labels.gather(image_ids, found, file)
     if not brought.labels and not brought.skipped:
@@ -269,8 +93,8 @@ def bring_labels(run: Run, file: str, *, replace: bool, reporter: Reporter) -> d
 def _bytes(file: str, access: Access) -> bytes:
     try:
         size, _ = objects.version(file, access)
-        if size > answers.MAX_BYTES:
-            raise UserError(f"{file} is larger than {answers.MAX_BYTES >> 20} MiB; split it")
+        if size > label_files.MAX_BYTES:
+            raise UserError(f"{file} is larger than {label_files.MAX_BYTES >> 20} MiB; split it")
         return objects.read(Request(file), access)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no file {file}; check the path") from None
@@ -280,9 +104,9 @@ def _bytes(file: str, access: Access) -> bytes:
 
 def _identified(run: Run, said: list[Answer], selection: pa.Table, file: str) -> list[int]:
     """Return the image id that each answer is about; raises UserError where that is not one image."""
-    n, stamp = run.manifest("images").rows, _stamp(run)
+    n, stamp = run.manifest("images").rows, stamp_of(run)
     names = {answer.uri for answer in said if answer.image_id is None}
-    ids = {name: image for name in names if (image := _copy_of(name, stamp)) is not None}
+    ids = {name: image for name in names if (image := copy_of(name, stamp)) is not None}
     # Where uris were brought, one may be the end of another's.
     listed = "images" in run.manifest("images").what
     found = labels.find(names - ids.keys(), [selection]) if listed else {}
@@ -314,12 +138,6 @@ def _identified(run: Run, said: list[Answer], selection: pa.Table, file: str) ->
     return image_ids
 
 
-def _copy_of(name: str, stamp: str) -> int | None:
-    """Return the image whose copy a name is of, None where it is none of this run's."""
-    copy = _COPY.fullmatch(name.rsplit("/", 1)[-1])
-    return int(copy[2]) if copy and copy[1] == stamp else None
-
-
 def _check_uris(run: Run, image_ids: list[int], said: list[Answer], selection: pa.Table, file: str) -> None:
     """Raise UserError where an answer's image id and uri are not of one image, as from another run."""
     both = [(i, a) for i, a in zip(image_ids, said, strict=True) if a.image_id is not None and a.uri]
@@ -330,7 +148,7 @@ def _check_uris(run: Run, image_ids: list[int], said: list[Answer], selection: p
     if wrong := [
         f"image {image} is {uris[image]!r} here and {answer.uri!r} there ({answer.where})"
         for image, answer in both
-        if not labels.means(answer.uri, uris[image]) and _copy_of(answer.uri, _stamp(run)) != image
+        if not labels.means(answer.uri, uris[image]) and copy_of(answer.uri, stamp_of(run)) != image
     ]:
         raise UserError(
             f"{file} is not of {run.uri}: {named(wrong)}; give the file of this run, or leave out image_id"

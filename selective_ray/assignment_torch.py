@@ -22,7 +22,7 @@ TF32_ERROR = 2.01 * 2.0**-10
 DIRECT_ERROR = 1e-13
 
 
-class DeviceAssignment:
+class AssignmentOnDevice:
     """The nearest centroid of each of some rows, as `Assignment` finds it; their copy is on the device.
 
     x float32 [n, d]. Without bounds: a row whose centroid moved is compared with all, one whose centroid
@@ -68,7 +68,7 @@ class DeviceAssignment:
 class _Products:
     """One set of centroids on the device."""
 
-    def __init__(self, of: DeviceAssignment, centroids: np.ndarray) -> None:
+    def __init__(self, of: AssignmentOnDevice, centroids: np.ndarray) -> None:
         self.of, self.host = of, centroids
         self.centroids = torch.from_numpy(centroids.copy()).to(of.device)
         norms = np.einsum("cd,cd->c", centroids, centroids, dtype=np.float64)

@@ -19,7 +19,7 @@ from test_labels import annotation, cvat, task
 from test_listing import tar
 from test_pipeline import pictures
 
-from selective_ray import annotation as run_labels
+from selective_ray import export, labeling, objects, reading
 from selective_ray.labels import Labels
 from selective_ray.lease import Lease
 from selective_ray.objects import Access
@@ -62,7 +62,7 @@ def bucket(two_cpus, s3_endpoint, tmp_path_factory) -> str:
     # Much larger than its headers, and lying on its side.
     noise = np.random.default_rng(0).integers(0, 255, (300, 500, 3)).astype(np.uint8)
     wide = paint.oriented(noise, 6)
-    assert len(wide) > run_labels.HEAD
+    assert len(wide) > export.HEAD
     parquet = io.BytesIO()
     pq.write_table(pa.table({"image": files[10:13]}), parquet)
     archive = tar(tmp_path_factory.mktemp("tar") / "a.tar", {f"x/{i}.png": files[i] for i in range(6, 10)})
@@ -178,7 +178,7 @@ def test_round_trip(kind, run, made):
     assert found["classes"] == {
         name: sum(label == name for label in said.labels.values()) for name in sorted({*said.labels.values()})
     }
-    assert run_labels.read_labels(run) == said
+    assert labeling.read_labels(run) == said
     table = run.read_shard("labels", 0)
     assert table.schema.names == ["image_id", "label"] and table.schema.types == [pa.int64(), pa.string()]
     (uri,) = run.read_shard("skipped", 0)["uri"].to_pylist()
@@ -224,7 +224,7 @@ def test_round_trip_of_copies_of_what_is_in_archives(kind, bucket):
     for name, image_id in names.items():
         copy = s3.client(bucket).get_object(Bucket="annotation-test", Key=name)["Body"].read()
         listed = run.listed(np.array([image_id]))
-        assert [copy] == list(run_labels.reading.fetch(listed, run.access))
+        assert [copy] == list(reading.fetch(listed, run.access))
     truly = truth(run)
     if kind == "cvat":
         assert file["root"] == "s3://annotation-test"
@@ -241,7 +241,7 @@ def test_round_trip_of_copies_of_what_is_in_archives(kind, bucket):
     s3.client(bucket).put_object(Bucket="annotation-test", Key=f"{kind}/back", Body=filled)
     result = ask("labels", *there, f"s3://annotation-test/{kind}/back", "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["labels"] == 12 and run_labels.read_labels(run) == truly
+    assert json.loads(result.stdout)["labels"] == 12 and labeling.read_labels(run) == truly
 
 
 def test_sizes_are_read_from_the_first_bytes_in_a_bucket(bucket, monkeypatch):
@@ -249,14 +249,14 @@ def test_sizes_are_read_from_the_first_bytes_in_a_bucket(bucket, monkeypatch):
     run = Run("s3://annotation-test/run", Access(bucket))
     listed = run.read_shard("images", 0)
     listed = listed.filter(pa.compute.is_null(listed["offset"]))
-    picks = [run_labels.Pick(i, uri, 0, uri) for i, uri in enumerate(listed["uri"].to_pylist())]
+    picks = [export.Pick(i, uri, 0, uri) for i, uri in enumerate(listed["uri"].to_pylist())]
     asked = []
-    read = run_labels.objects.read
-    monkeypatch.setattr(run_labels.objects, "read", lambda *a: asked.append(a[0]) or read(*a))
-    sizes = run_labels._sizes(run, picks, listed, Reporter(quiet=True))
+    read = objects.read
+    monkeypatch.setattr(objects, "read", lambda *a: asked.append(a[0]) or read(*a))
+    sizes = export._sizes(run, picks, listed, Reporter(quiet=True))
     assert sizes == [(12, 12)] * 5 + [(500, 300)]
     (wide,) = [request for request in asked if request.uri.endswith("wide.jpg")]
-    assert wide.stop == run_labels.HEAD
+    assert wide.stop == export.HEAD
 
 
 # Several files
@@ -268,7 +268,7 @@ def test_files_add_up_and_a_label_outweighs_a_skip(run, tmp_path):
     two = rows(tmp_path / "2.csv", (second, "", "dog", ""), (first, "", "", "x"), (third, "", "cat", ""))
     bring(run, one)
     found = bring(run, two)
-    assert run_labels.read_labels(run) == Labels({first: "cat", second: "dog", third: "cat"}, frozenset())
+    assert labeling.read_labels(run) == Labels({first: "cat", second: "dog", third: "cat"}, frozenset())
     assert found["classes"] == {"cat": 2, "dog": 1} and found["unlabeled_picks"] == 2
     manifest = run.manifest("labels")
     assert manifest.summary["last_file"] == {"file": "2.csv", "format": "CSV", "labels": 2}
@@ -290,7 +290,7 @@ def test_another_label_is_refused_and_counts_with_replace(run, tmp_path):
     assert f"image {first} is 'cat' there, 'bird' here" in said and "--replace" in said
     assert content(Path(run.root)) == before
     bring(run, other, "--replace")
-    assert run_labels.read_labels(run) == Labels({first: "bird"}, frozenset({second}))
+    assert labeling.read_labels(run) == Labels({first: "bird"}, frozenset({second}))
 
 
 def test_only_the_last_shard_is_there_whatever_was_cut_short(run, tmp_path, monkeypatch):
@@ -316,9 +316,9 @@ def test_only_the_last_shard_is_there_whatever_was_cut_short(run, tmp_path, monk
                     summary={},
                 )
         assert len(run.finished_shards("labels")) > 1
-        assert run_labels.read_labels(run).labels == {first: "cat", second: "cat"}
+        assert labeling.read_labels(run).labels == {first: "cat", second: "cat"}
     bring(run, two)
-    assert run_labels.read_labels(run).labels == {first: "cat", second: "cat"}
+    assert labeling.read_labels(run).labels == {first: "cat", second: "cat"}
     shards = run.manifest("labels").shards
     assert [shard.index for shard in shards] == run.finished_shards("labels")
     assert not run.exists("labels", "begun.json")
@@ -385,7 +385,7 @@ def test_names_that_fit_several_images_mean_the_picked_one_or_none(run, tmp_path
     twice = {name for name in picked if sum(Path(p["uri"]).name == name for p in picks_of(run)) == 1}
     name = next(iter(sorted(twice - {"copy.png"})))
     bring(run, rows(tmp_path / "1.csv", ("", name, "cat", "")))
-    assert run_labels.read_labels(run).labels == {picked[name]["image_id"]: "cat"}
+    assert labeling.read_labels(run).labels == {picked[name]["image_id"]: "cat"}
     missing = next(f"00{i}.png" for i in range(6) if f"00{i}.png" not in picked)
     said = refused(1, "labels", "--run", run.uri, rows(tmp_path / "2.csv", ("", missing, "cat", "")))
     assert f"a/{missing}" in said and f"b/{missing}" in said and "image ids" in said
@@ -468,7 +468,7 @@ def test_embeddings_without_images_go_to_csv_and_not_to_tools(two_cpus, tmp_path
         assert {row["uri"] for row in csv.DictReader(file)} == {"'=1+1", *evil[1:]}
     # An own uri is meant, not the end of another.
     bring(run, write(tmp_path / "1.csv", "uri,label\n1.png,cat\n'=1+1,dog\ns3://b/3.png,dog\n"))
-    assert run_labels.read_labels(run).labels == {7: "cat", 0: "dog", 4: "dog"}
+    assert labeling.read_labels(run).labels == {7: "cat", 0: "dog", 4: "dog"}
 
 
 def test_labels_are_read_only_by_whom_they_are_for(run, tmp_path):
@@ -489,4 +489,4 @@ def test_copies_of_another_run_are_refused(run, tmp_path):
         path.write_bytes(cvat((f"x/{of}-000000000001.png", ["cat"])))
     assert "not in" in refused(1, "labels", "--run", run.uri, tmp_path / f"{'0' * 8}.xml")
     bring(run, tmp_path / f"{stamp}.xml")
-    assert run_labels.read_labels(run).labels == {1: "cat"}
+    assert labeling.read_labels(run).labels == {1: "cat"}
