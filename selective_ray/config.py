@@ -141,7 +141,7 @@ class Resources(Section):
 
     # Processes that hold shards and encode; None: one for each CPU of the cluster.
     workers: int | None = Field(None, ge=1)
-    # GPUs an encoder takes; None: one where the cluster has any.
+    # GPUs that an encoder, or a holder of embeddings, takes; None: one where the cluster has any.
     gpus_per_worker: float | None = Field(None, ge=0)
     # GiB that an encoder states to Ray; None: 2, or its share of a smaller cluster.
     memory: float | None = Field(None, gt=0)

@@ -49,7 +49,9 @@ class Pool:
         assert embeddings is not None
         rows = [shard.rows for shard in embeddings.shards]
         each = gpus_each(self.resources)
-        count = min(self.resources.workers or (int(gpus() / each) if each else cpus()), len(rows))
+        count = min(self.resources.workers or (max(1, int(gpus() / each)) if each else cpus()), len(rows))
+        # More workers than GPUs share them: else some would wait for ever.
+        each = min(each, gpus() / count)
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
