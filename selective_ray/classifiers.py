@@ -1,0 +1,199 @@
+"""Networks that are trained to classify: name -> module that maps [b, 3, h, w] to logits [b, classes].
+
+`wrn-28-2` and any other wide residual network (Zagoruyko and Komodakis, 2016) in the form in which FixMatch
+was published; `cifar-resnet18`, the form of ResNet-18 that keeps small images large; ResNets of torchvision.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+
+from selective_ray import checkpoints, networks
+from selective_ray.errors import UsageError, UserError
+from selective_ray.objects import DIRECT, Access
+
+_WIDE = re.compile(r"wrn-(\d+)-(\d+)")
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
+# What self-supervised checkpoints put before the names of their trunk, and what follows it there.
+_PREFIXES = ("encoder_q.", "backbone.", "encoder.", "trunk.")
+_HEADS = ("fc.", "linear.", "head.", "contrastive_head.", "projector.", "predictor.")
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError where no network has this name."""
+    wide = _WIDE.fullmatch(name)
+    if wide and (int(wide[1]) - 4) % 6 == 0 and int(wide[1]) >= 10 and int(wide[2]) >= 1:
+        return
+    if name not in (*TORCHVISION, "cifar-resnet18"):
+        raise UsageError(
+            f"train.network = {name!r} is not known; there are wrn-28-2 and other wrn-DEPTH-WIDTH of depth "
+            f"6 n + 4, cifar-resnet18, {', '.join(TORCHVISION)}"
+        )
+
+
+def build(name: str, classes: int) -> nn.Module:
+    """Build a network with random weights, drawn from torch's global generator."""
+    check_name(name)
+    if wide := _WIDE.fullmatch(name):
+        return WideResNet(int(wide[1]), int(wide[2]), classes)
+    if name == "cifar-resnet18":
+        return networks.CifarResNet18(nn.Linear(512, classes))
+    from torchvision import models
+
+    return models.get_model(name, weights=None, num_classes=classes)
+
+
+def begin_from(network: nn.Module, name: str, checkpoint: str, access: Access = DIRECT) -> None:
+    """Load the trunk of a self-supervised or other checkpoint; the classifier stays random.
+
+    Raises UserError where weights of the trunk are missing or of another shape.
+    """
+    state = checkpoints.located(checkpoints.read(checkpoint, access), _PREFIXES)
+    own = network.state_dict()
+    head = _head(network)
+    trunk = {key: value for key, value in state.items() if not key.startswith((head, *_HEADS))}
+    missing = [key for key in own if not key.startswith(head) and key not in trunk and _matters(key)]
+    reshaped = [key for key in trunk if key in own and trunk[key].shape != own[key].shape]
+    unknown = [key for key in trunk if key not in own]
+    if missing or reshaped or unknown:
+        what = [
+            f"{len(keys)} {words}, as {keys[0]}"
+            for keys, words in ((missing, "missing"), (reshaped, "of another shape"), (unknown, "unexpected"))
+            if keys
+        ]
+        raise UserError(
+            f"checkpoint {checkpoint} is of another network than {name} ({'; '.join(what)}); name the "
+            "network that it was trained as with --set train.network="
+        )
+    network.load_state_dict(trunk, strict=False)
+
+
+def _head(network: nn.Module) -> str:
+    """Name of the last layer, whose weights are of the classes."""
+    *_, (name, _) = (pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear))
+    return f"{name}."
+
+
+def _matters(key: str) -> bool:
+    # Older checkpoints lack it, and nothing here reads it.
+    return not key.endswith("num_batches_tracked")
+
+
+class WideResNet(nn.Module):
+    """A wide residual network with leaky units and slow batch statistics, as FixMatch trains it.
+
+    Slope 0.1, batch-norm momentum 0.001 and epsilon 0.001 (google-research/fixmatch); the first block
+    activates before its shortcut.
+    """
+
+    def __init__(self, depth: int, width: int, classes: int) -> None:
+        super().__init__()
+        each = (depth - 4) // 6
+        wide = [16, 16 * width, 32 * width, 64 * width]
+        self.stem = nn.Conv2d(3, wide[0], 3, padding=1, bias=False)
+        blocks = []
+        for stage in range(3):
+            for i in range(each):
+                inside = wide[stage] if i == 0 else wide[stage + 1]
+                stride = 2 if i == 0 and stage > 0 else 1
+                blocks.append(_WideBlock(inside, wide[stage + 1], stride, first=stage == i == 0))
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = _norm(wide[3])
+        self.classifier = nn.Linear(wide[3], classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", a=0.1, nonlinearity="leaky_relu")
+        nn.init.xavier_normal_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map normalized [b, 3, h, w] to logits [b, classes]."""
+        x = F.leaky_relu(self.norm(self.blocks(self.stem(x))), 0.1)
+        return self.classifier(x.mean((2, 3)))
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=0.001, momentum=0.001)
+
+
+class _WideBlock(nn.Module):
+    def __init__(self, inside: int, out: int, stride: int, *, first: bool) -> None:
+        super().__init__()
+        self.norm1 = _norm(inside)
+        self.conv1 = nn.Conv2d(inside, out, 3, stride, padding=1, bias=False)
+        self.norm2 = _norm(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.shortcut = None if inside == out else nn.Conv2d(inside, out, 1, stride, bias=False)
+        self.first = first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.leaky_relu(self.norm1(x), 0.1)
+        if self.first:
+            x = y
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return x + self.conv2(F.leaky_relu(self.norm2(self.conv1(y)), 0.1))
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over all workers; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm over the batches of all workers, on the CPU, where torch's SyncBatchNorm does not run.
+
+    Takes the parameters and statistics of the layer in whose place it stands. Mean first and then the mean
+    of squared differences: sums of squares alone would cancel.
+    """
+
+    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.eps, self.momentum = layer.eps, layer.momentum
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(layer, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize [b, c, h, w]."""
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        dims = (0, 2, 3)
+        size = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)
+        total = _Summed.apply(torch.cat([x.sum(dims), size]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        centered = x - mean[:, None, None]
+        variance = _Summed.apply((centered * centered).sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centered * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronized(network: nn.Module, device: str) -> nn.Module:
+    """Let the batch norms of a network use the statistics of all workers' batches."""
+    if device.startswith("cuda"):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, GlobalBatchNorm(child))
+    return network
