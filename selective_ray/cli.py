@@ -495,6 +495,81 @@ def _label_lines(found: dict[str, Any], most: int = 20) -> Iterator[str]:
         yield f"  and {len(classes) - most:,} smaller ones; --json lists them all"
 
 
+@app.command()
+def train(
+    run: RunUri,
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the training; its folder is training/NAME in the run.")
+    ] = "fixmatch",
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            "--validation",
+            help="Held-out images: a folder with a folder for each class, or a CSV (uri, label).",
+        ),
+    ] = None,
+    until: Annotated[int | None, typer.Option("--until", min=1, help="Stop at this step for now.")] = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
+    seed: Seed = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Weights of a self-supervised network to begin from.")
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train FixMatch on the labels of a run and all its other images."""
+    with _sentences(debug, as_json):
+        options = {
+            "seed": seed,
+            "train.checkpoint": checkpoint,
+            "resources.endpoint_url": endpoint_url,
+        }
+        settings, _ = config.load(
+            preset=preset, file=config_file, assignments=assignments, options=options, own_embeddings=True
+        )
+        from selective_ray import held_out
+        from selective_ray.actors import training
+
+        reporter = Reporter(quiet=as_json)
+        where = _existing(run, settings.resources.endpoint_url)
+        images = held_out.read(validation, where.access) if validation else held_out.NONE
+        done, summary = training.train(
+            *(where, settings, name, reporter), until=until, held_out=images, address=address
+        )
+        folder = where.path("training", name)
+        if as_json:
+            told = {"run": where.uri, "training": folder, "complete": done is not None, **summary}
+            print(json.dumps({**told, "warnings": reporter.warnings}))  # noqa: T201
+            return
+        for line in _training_lines(summary, folder, complete=done is not None):
+            print(line)  # noqa: T201
+
+
+def _training_lines(summary: dict[str, Any], folder: str, *, complete: bool) -> Iterator[str]:
+    yield (
+        f"training   {summary['labels']:,} labels of {summary['classes']:,} classes, "
+        f"{summary['steps']:,} steps{'' if complete else ' so far'}"
+    )
+    if "loss" in summary:
+        impurity = summary.get("impurity")
+        yield (
+            f"loss       {summary['loss']:.4f}, {100 * summary['mask_rate']:.1f} % of images pseudo-labeled"
+            + ("" if impurity is None else f", {100 * impurity:.1f} % of these wrong")
+        )
+        yield f"speed      {summary['steps_per_second']:.2f} steps/s; {summary['seconds']:.1f} s in all"
+    if "accuracy" in summary:
+        yield (
+            f"accuracy   {100 * summary['accuracy']:.2f} % at the last step, "
+            f"{100 * summary['best_accuracy']:.2f} % at best; calibration error "
+            f"{100 * summary['calibration_error']:.1f} %"
+        )
+    yield f"folder     {folder}"
+
+
 def _existing(run: str, endpoint_url: str | None) -> Run:
     where = Run(run, Access(endpoint_url))
     if not any(where.exists(table, name) for table in TABLES for name in ("manifest.json", BEGUN)):

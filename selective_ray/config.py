@@ -136,6 +136,49 @@ class Selection(Section):
         )
 
 
+class Train(Section):
+    """FixMatch on the labels that people gave and all other images."""
+
+    # wrn-DEPTH-WIDTH, cifar-resnet18, or a ResNet of torchvision.
+    network: str = "resnet18"
+    # Weights of a self-supervised network to begin from; None: random ones.
+    checkpoint: str | None = None
+    # Images are cut to the square in their center, and resized to this.
+    image_size: int = Field(96, ge=8, le=1024)
+    steps: int = Field(20_000, ge=1)
+    # Labeled images of a step, and how many times as many unlabeled ones; 0: supervised training.
+    batch: int = Field(64, ge=1)
+    unlabeled_ratio: int = Field(7, ge=0)
+    # What an answer must reach to be a pseudo-label; above 1 none does.
+    threshold: float = Field(0.95, ge=0)
+    unlabeled_weight: float = Field(1.0, ge=0)
+    # Whose answers are pseudo-labels: the network's own, or those of its moving average (EMAN).
+    teacher: Literal["network", "average"] = "network"
+    # The moving average keeps so much of itself in a step, and is what is evaluated.
+    average: float = Field(0.999, ge=0, lt=1)
+    # Average the batch statistics, too (EMAN); else they are copied.
+    average_statistics: bool = True
+    lr: float = Field(0.03, gt=0)
+    warmup: int = Field(0, ge=0)
+    # "cosine": down to a fifth by cos(7 π t / 16 T); "steps": a tenth after 60 %, again after 80 %.
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    # Not of biases and norms.
+    weight_decay: float = Field(5e-4, ge=0)
+    # Side of the gray square in strong views, as a share of the image's.
+    cutout: float = Field(0.5, ge=0, le=1)
+    # "auto": bfloat16 on GPUs that have it.
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    # Steps from one evaluation, and from one checkpoint, to the next.
+    evaluate_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what the maths takes of it (`fixmatch.Recipe`)."""
+        of_the_batch = {"network", "checkpoint", "image_size", "batch", "unlabeled_ratio", "precision"}
+        return self.model_dump(exclude=of_the_batch | {"evaluate_every", "checkpoint_every"})
+
+
 class Resources(Section):
     """Where the work is done; nothing here changes the answer."""
 
@@ -157,6 +200,8 @@ class Resources(Section):
     stall_seconds: float = Field(300.0, gt=0)
     # The same for its first images, while machines and processes start and load the encoder.
     start_seconds: float = Field(900.0, gt=0)
+    # GiB of decoded images that training keeps on the disk of each machine; what is beyond is read again.
+    cache: float = Field(20.0, ge=0)
 
     def access(self) -> Access:
         """Return how stores are reached, as reading takes it."""
@@ -171,6 +216,7 @@ class Config(Section):
     density: Density = Density()
     cluster: Cluster = Cluster()
     selection: Selection = Selection()
+    train: Train = Train()
     seed: int = Field(0, ge=0, lt=2**32)
     resources: Resources = Resources()
 
@@ -191,6 +237,26 @@ _IMAGENET = {
     # selective_labeling/usl-imagenet.py
     "density": {"k": 20, "floor": _PUBLISHED_FLOOR},
     "cluster": {"iterations": 100, "tolerance": 0.0, "final_assignment": False},
+}
+_FIXMATCH_CIFAR = {
+    "network": "wrn-28-2",
+    "image_size": 32,
+    "steps": 2**20,
+    "batch": 64,
+    "unlabeled_ratio": 7,
+    "unlabeled_weight": 1.0,
+    "threshold": 0.95,
+    "teacher": "network",
+    "average": 0.999,
+    "average_statistics": False,
+    "lr": 0.03,
+    "warmup": 0,
+    "schedule": "cosine",
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "cutout": 0.5,
+    "evaluate_every": 1_024,
+    "checkpoint_every": 1_024,
 }
 # Constants of the published code (TonyLianLong/UnsupervisedSelectiveLabeling, ceaab3c), by its configuration.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -251,6 +317,35 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "exclude_own_cluster": True,
             "scale": "none",
         },
+    },
+    # FixMatch as USL's authors ran it on CIFAR-10 (semisup-fixmatch-cifar/train.py, a fork of
+    # kekmodel/FixMatch-pytorch): 2^20 steps of 64 + 448 images, statistics of the average copied.
+    "fixmatch-cifar10": {"train": _FIXMATCH_CIFAR},
+    # The same with a wider network and, as its README says, twice the weight decay.
+    "fixmatch-cifar100": {"train": {**_FIXMATCH_CIFAR, "network": "wrn-28-8", "weight_decay": 1e-3}},
+    # FixMatch with EMAN (main_fixmatch.py of EMAN, its example command): 100 epochs of 1,281,167 images in
+    # steps of 64 + 320, drops at 60 and 80, warmed up for 5; give MoCo-EMAN's weights with train.checkpoint.
+    # Views are cut as here, not from boxes of random size, and Cutout is left out.
+    "fixmatch-imagenet-eman": {
+        "train": {
+            "network": "resnet50",
+            "image_size": 224,
+            "steps": 400_400,
+            "batch": 64,
+            "unlabeled_ratio": 5,
+            "unlabeled_weight": 10.0,
+            "threshold": 0.7,
+            "teacher": "average",
+            "average": 0.999,
+            "average_statistics": True,
+            "lr": 0.03,
+            "warmup": 20_020,
+            "schedule": "steps",
+            "weight_decay": 1e-4,
+            "cutout": 0.0,
+            "evaluate_every": 4_004,
+            "checkpoint_every": 1_001,
+        }
     },
 }
 

@@ -1,0 +1,356 @@
+"""FixMatch with Ray Train: workers that share every step, and Ray Data streams that bring its images.
+
+    plan of steps ──► read or decode (tasks) ──► worker 0: slots 0, w, 2 w, …  ──┐
+    plan of steps ──► read or decode (tasks) ──► worker 1: slots 1, w + 1, …   ──┴► one step, gradients added
+
+Which images a step sees, and their random numbers, are functions of the seed and the step. So each worker
+has a stream of its own over its slots, in order; after a failure the workers begin anew at the step of the
+newest checkpoint, as many as there is room for then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+
+from selective_ray import checkpoints, classifiers, labeling
+from selective_ray.actors.placement import gpus_each
+from selective_ray.actors.session import Session, alive_nodes, cpus, gpus
+from selective_ray.actors.training_worker import Job, work
+from selective_ray.batches import Plan
+from selective_ray.config import Config
+from selective_ray.errors import UsageError, UserError, first_line, named
+from selective_ray.held_out import NONE, HeldOut
+from selective_ray.lease import Lease
+from selective_ray.memory import peak_memory
+from selective_ray.progress import Reporter
+from selective_ray.store import Manifest, Run
+from selective_ray.training import NAME, Training
+
+# A worker's CPU, as Ray counts it: however many there are, tasks that bring images find room beside them.
+WORKER_CPUS = 0.45
+# Failures in a row without a new checkpoint that end a training.
+FAILURES = 3
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Desk:
+    """Where workers leave word for the driver."""
+
+    def __init__(self) -> None:
+        self.step, self.words = -1, ""
+        self.messages: list[str] = []
+        self.refused, self.memory = "", 0
+
+    def note(self, step: int, words: str, memory: int) -> None:
+        """Tell how far the workers are."""
+        self.step, self.words, self.memory = step, words, max(self.memory, memory)
+
+    def say(self, message: str) -> None:
+        """Leave a message for the person."""
+        self.messages.append(message)
+
+    def refuse(self, message: str) -> None:
+        """Say why the training cannot go on."""
+        self.refused = message
+
+    def read(self) -> tuple[int, str, list[str], str, int]:
+        """Return step, words, messages since the last call, the refusal, and the largest worker's memory."""
+        messages, self.messages = self.messages, []
+        return self.step, self.words, messages, self.refused, self.memory
+
+
+def train(
+    run: Run,
+    config: Config,
+    name: str,
+    reporter: Reporter,
+    *,
+    until: int | None = None,
+    held_out: HeldOut = NONE,
+    truth: dict[int, str] | None = None,
+    address: str | None = None,
+) -> tuple[Manifest | None, dict[str, Any]]:
+    """Train until a step, or to the end; returns the manifest of a finished training, and its numbers.
+
+    truth: classes of images, known for no other use than to tell how many pseudo-labels are wrong. Raises
+    UserError where there is nothing to train on, or where it fails again and again.
+    """
+    classifiers.check_name(config.train.network)
+    if not NAME.fullmatch(name):
+        raise UsageError(f"--name {name!r} is no name for a folder; use letters, digits, dots and hyphens")
+    labels = _labels(run, reporter)
+    classes = tuple(sorted(set(labels.values())))
+    _warn_of_missing(classes, held_out, truth or {}, reporter)
+    settings = config.train
+    what = {
+        "train": settings.model_dump(exclude={"checkpoint", "evaluate_every", "checkpoint_every"})
+        | {"checkpoint": settings.checkpoint and checkpoints.sha256(settings.checkpoint, run.access)},
+        "classes": list(classes),
+        "seed": config.seed,
+    }
+    training = Training(run, name)
+    with Lease(run, reporter.say) as lease, Session(address) as session:
+        inputs = run.fingerprints("images", "rejected", "labels")
+        if done := training.begin(what, inputs):
+            return done, done.summary
+        session.start()
+        stop = min(settings.steps, until or settings.steps)
+        workers, each = _workers(config, reporter)
+        job = Job(
+            run=run,
+            name=name,
+            train=settings,
+            plan=_plan(run, config, labels),
+            classes=classes,
+            targets=np.array([classes.index(labels[i]) for i in sorted(labels)], np.int64),
+            held_out=held_out,
+            truth=_truth(run, classes, truth),
+            until=stop,
+            cache_bytes=config.resources.cache * 2**30,
+            column=run.manifest("images").what["images"].get("column"),
+            threads=max(1, cpus() // workers),
+            tasks=max(1, cpus() // workers),
+            desk=Desk.remote(),
+        )
+        started = time.monotonic()
+        memory = _until_done(job, workers, each, reporter, lease.check)
+        lines = training.metrics()
+        summary = _summary(job, lines, time.monotonic() - started)
+        if stop < settings.steps:
+            return None, summary
+        peaks = {"driver": peak_memory(), "worker": memory}
+        done = run.finish(
+            training.table, [], seconds=summary["seconds"], peak_memory_bytes=peaks, summary=summary
+        )
+        return done, summary
+
+
+def _labels(run: Run, reporter: Reporter) -> dict[int, str]:
+    """Return the labels of images that can be read; raises UserError where they are too few."""
+    images = run.manifest("images")
+    if images is None or run.manifest("embeddings") is None:
+        raise UserError(f"{run.uri} has no finished embeddings; run `selective-ray select` on it first")
+    if "images" not in images.what:
+        raise UserError(
+            f"{run.uri} was made of embeddings that were brought, without images to train on; make a run "
+            "with --images"
+        )
+    labels = labeling.read_labels(run).labels
+    rejected = set(_rejected(run).tolist())
+    if lost := sorted(labels.keys() & rejected):
+        reporter.warn(f"{len(lost):,} labeled images cannot be read, and are left out: {named(lost, ', ')}")
+    labels = {image: label for image, label in labels.items() if image not in rejected}
+    if not labels:
+        raise UserError(
+            f"{run.uri} has no labels; `selective-ray export` writes the picks for people to label, and "
+            "`selective-ray labels` brings back what they said"
+        )
+    if len(only := set(labels.values())) == 1:
+        raise UserError(
+            f"all {len(labels):,} labels of {run.uri} are {next(iter(only))!r}: a classifier needs two "
+            "classes; label more images"
+        )
+    return labels
+
+
+def _warn_of_missing(
+    classes: tuple[str, ...], held_out: HeldOut, truth: dict[int, str], reporter: Reporter
+) -> None:
+    missing = (set(held_out.labels) | set(truth.values())) - set(classes)
+    if missing:
+        reporter.warn(
+            f"no labeled image is of {named(sorted(missing), ', ')}: every image of "
+            f"{'that class' if len(missing) == 1 else 'these classes'} will be answered wrong"
+        )
+
+
+def _rejected(run: Run) -> np.ndarray:
+    manifest = run.manifest("rejected")
+    parts = [run.read_shard("rejected", s.index, ["image_id"])["image_id"] for s in manifest.shards]
+    ids = [part.to_numpy() for part in parts]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *ids]))
+
+
+def _plan(run: Run, config: Config, labels: dict[int, str]) -> Plan:
+    return Plan(
+        labeled_ids=np.array(sorted(labels), np.int64),
+        images=run.manifest("images").rows,
+        rejected=_rejected(run),
+        labeled=config.train.batch,
+        unlabeled=config.train.batch * config.train.unlabeled_ratio,
+        seed=config.seed,
+    )
+
+
+def _truth(run: Run, classes: tuple[str, ...], truth: dict[int, str] | None) -> np.ndarray | None:
+    """Return the class of every image, int32 [n]: -1 where it is not known, -2 where no label is of it."""
+    if truth is None:
+        return None
+    out = np.full(run.manifest("images").rows, -1, np.int32)
+    places = {name: i for i, name in enumerate(classes)}
+    for image, label in truth.items():
+        out[image] = places.get(label, -2)
+    return out
+
+
+def _workers(config: Config, reporter: Reporter) -> tuple[int, dict[str, float]]:
+    """Return how many workers share the steps, and what each takes of the cluster.
+
+    Waits, with a message, for a cluster that grows; goes on with fewer where it does not.
+    """
+    resources = config.resources
+    asked = resources.workers
+    began, told = time.monotonic(), False
+    while True:
+        per_gpu = gpus_each(resources) if gpus() or resources.gpus_per_worker else 0.0
+        each = {"CPU": WORKER_CPUS} | ({"GPU": per_gpu} if per_gpu else {})
+        room = (
+            int(gpus() / per_gpu + 1e-6)
+            if per_gpu
+            else int(ray.cluster_resources().get("CPU", 0) / WORKER_CPUS)
+        )
+        wanted = asked or (room if per_gpu else len(alive_nodes()))
+        wanted = min(wanted, config.train.batch)
+        if 1 <= wanted <= room:
+            return wanted, each
+        if time.monotonic() - began > resources.start_seconds:
+            if not room:
+                raise UserError(
+                    "the cluster has no room for a worker; add machines, or lower resources.gpus_per_worker"
+                )
+            reporter.warn(
+                f"training with {room:,} workers: {wanted:,} were asked for, the cluster has no more"
+            )
+            return room, each
+        if not told:
+            told = True
+            reporter.warn(
+                f"waiting for {wanted:,} workers: the cluster has room for {room:,} (up to "
+                f"{resources.start_seconds:g} s; lower resources.workers, or add machines)"
+            )
+        time.sleep(1)
+
+
+def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Reporter, check: Any) -> int:
+    """Train, again after failures; returns the memory of the largest worker, in bytes."""
+    failures, before = 0, _newest_step(job)
+    if before >= job.until:
+        return 0
+    with (
+        reporter.stage("train", job.until, "steps", before) as watch,
+        _watching(job, watch, before, reporter),
+    ):
+        while True:
+            check()
+            error = _fit(job, workers, each)
+            refused, memory = ray.get(job.desk.read.remote())[3:]
+            if refused:
+                raise UserError(refused)
+            if error is None:
+                return memory
+            now = _newest_step(job)
+            failures = 1 if now > before else failures + 1
+            before = max(before, now)
+            if failures >= FAILURES:
+                raise UserError(
+                    f"training failed {FAILURES} times without a new checkpoint between, at step {before:,}: "
+                    f"{error}; run the same command again to go on from there"
+                )
+            reporter.warn(f"a worker was lost; training goes on from step {before:,}")
+
+
+def _newest_step(job: Job) -> int:
+    found = job.training.checkpoints()
+    return found[0][0] if found else 0
+
+
+@contextlib.contextmanager
+def _watching(job: Job, watch: Any, first: int, reporter: Reporter) -> Iterator[None]:
+    """Show what the workers leave on the desk, until the block ends."""
+    ended = threading.Event()
+    shown = first
+
+    def look() -> None:
+        nonlocal shown
+        with contextlib.suppress(ray.exceptions.RayError):
+            step, words, messages, *_ = ray.get(job.desk.read.remote())
+            for message in messages:
+                reporter.warn(message)
+            if step > shown:
+                watch.advance(step - shown)
+                shown = step
+            watch.say(words)
+
+    def keep_looking() -> None:
+        while not ended.wait(0.5):
+            look()
+
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
+def _fit(job: Job, workers: int, each: dict[str, float]) -> str | None:
+    """Run the workers; returns why they failed, or None."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=(1, workers) if workers > 1 else 1,
+                use_gpu="GPU" in each,
+                resources_per_worker=each,
+                placement_strategy="SPREAD",
+            ),
+            # Ray would continue an earlier one of the same name.
+            run_config=RunConfig(name=uuid.uuid4().hex, storage_path=folder),
+        )
+        try:
+            trainer.fit()
+            return None
+        except ray.train.TrainingFailedError as error:
+            return _cause(error)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of a failure in one line."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner = next(iter(failures.values()), None) or error.__cause__ or error
+    return first_line(inner) if str(inner) else type(inner).__name__
+
+
+def _summary(job: Job, lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What a training came to, by its metrics."""
+    judged = [line for line in lines if "accuracy" in line]
+    told = [line for line in lines if "loss" in line]
+    summary: dict[str, Any] = {
+        "steps": job.until,
+        "labels": len(job.targets),
+        "classes": len(job.classes),
+        "seconds": round(seconds, 3),
+    }
+    if told:
+        summary |= {key: told[-1][key] for key in ("loss", "mask_rate", "impurity") if key in told[-1]}
+        summary["steps_per_second"] = told[-1]["steps_per_second"]
+    if judged:
+        last = judged[-1]
+        summary |= {key: last[key] for key in ("accuracy", "calibration_error")}
+        summary["best_accuracy"] = max(line["accuracy"] for line in judged)
+    return summary
