@@ -171,6 +171,39 @@ def course(inertia: list[float], share: list[float]) -> str:
     )
 
 
+def timeline(series: dict[str, tuple[list[float], list[float]]], *, shares: bool) -> str:
+    """Draw up to two curves over steps, by name: steps and values from 0 on, or shares of 1."""
+    height = 250
+    base = height - BOTTOM
+    steps = [step for xs, _ in series.values() for step in xs]
+    x = _axis(min(steps), max(steps), False)
+    top = 1.0 if shares else max(1e-9, *(value for _, ys in series.values() for value in ys))
+
+    def drawn(kind: str, xs: list[float], ys: list[float]) -> str:
+        points = "L".join(
+            f"{x(step):.1f} {base - (base - TOP) * y / top:.1f}" for step, y in zip(xs, ys, strict=True)
+        )
+        # A path of one point shows nothing.
+        return f'<path class="{kind}" d="M{points}{"h1" if len(xs) == 1 else ""}"/>'
+
+    kinds = ("line", "random")
+    levels = (0, 0.25, 0.5, 0.75, 1) if shares else [tick for tick in _ticks(0, top, 4) if tick <= top]
+    return _chart(
+        height,
+        x,
+        [tick for tick in _ticks(min(steps), max(steps), 6) if tick == int(tick)],
+        "step",
+        [
+            (base - (base - TOP) * level / top, percent(level) if shares else number(level))
+            for level in levels
+        ],
+        "".join(drawn(kind, *curve) for kind, curve in zip(kinds, series.values(), strict=False)),
+        " ".join(
+            f'<span class="key {kind}"></span>{name}' for kind, name in zip(kinds, series, strict=False)
+        ),
+    )
+
+
 def _chart(
     height: int,
     x: Callable[[float], float],

@@ -540,16 +540,22 @@ def train(
         done, summary = training.train(
             *(where, settings, name, reporter), until=until, held_out=images, address=address
         )
-        folder = where.path("training", name)
+        folder, page = where.path("training", name), where.path("report", f"training-{name}.html")
         if as_json:
-            told = {"run": where.uri, "training": folder, "complete": done is not None, **summary}
+            told = {
+                "run": where.uri,
+                "training": folder,
+                "report": page,
+                "complete": done is not None,
+                **summary,
+            }
             print(json.dumps({**told, "warnings": reporter.warnings}))  # noqa: T201
             return
-        for line in _training_lines(summary, folder, complete=done is not None):
+        for line in _training_lines(summary, folder, page, complete=done is not None):
             print(line)  # noqa: T201
 
 
-def _training_lines(summary: dict[str, Any], folder: str, *, complete: bool) -> Iterator[str]:
+def _training_lines(summary: dict[str, Any], folder: str, report: str, *, complete: bool) -> Iterator[str]:
     yield (
         f"training   {summary['labels']:,} labels of {summary['classes']:,} classes, "
         f"{summary['steps']:,} steps{'' if complete else ' so far'}"
@@ -568,6 +574,7 @@ def _training_lines(summary: dict[str, Any], folder: str, *, complete: bool) -> 
             f"{100 * summary['calibration_error']:.1f} %"
         )
     yield f"folder     {folder}"
+    yield f"report     {report}"
 
 
 def _existing(run: str, endpoint_url: str | None) -> Run:

@@ -112,6 +112,11 @@ def render(facts: Facts, pictures: dict[int, Picture], *, map_rows: int) -> str:
     ]
     body = "\n".join([*drawn[:4], f'<div class="pair">{drawn[4]}\n{drawn[5]}</div>', *drawn[6:]])
     title = f"{_amount(m, 'image')} selected of {facts.images:,}"
+    return document(title, f"<nav>{links}</nav>", body)
+
+
+def document(title: str, below: str, body: str) -> str:
+    """Put a page together: its title, what stands below that, and the content."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -124,7 +129,7 @@ def render(facts: Facts, pictures: dict[int, Picture], *, map_rows: int) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{title}</h1><nav>{links}</nav></header>
+<header><h1>{title}</h1>{below}</header>
 <main>
 {body}
 </main>
@@ -205,7 +210,7 @@ def _coverage(facts: Facts) -> str:
 the band shows the same for {len(c.drawn_distances)} seeded random draws of as many images. Distances are
 between unit vectors: 0 is the same, 1.41 is unrelated, 2 is the opposite.</p>
 <div class="split">{curves(c)}
-{_table(("", "to a pick", "to a random image"), rows)}</div>
+{table(("", "to a pick", "to a random image"), rows)}</div>
 <p class="note">{everything} {c.rows:,} images{source}, against {picks} and {len(c.drawn_distances)} draws of
 {c.picks:,} images.</p>"""
 
@@ -298,9 +303,9 @@ def _rejected(rejected: Rejected) -> str:
     ]
     which = "All of them" if len(rejected.first) == rejected.rows else f"The first {len(rejected.first)}"
     return f"""<p>{_amount(rejected.rows, "file")} could not be used and took no part in the selection.</p>
-{_table(("Reason", "Files"), reasons)}
+{table(("Reason", "Files"), reasons)}
 <details{" open" if len(rejected.first) <= 10 else ""}><summary>{which}</summary>
-{_table(("Image", "File", "Reason"), rows, "names")}</details>"""
+{table(("Image", "File", "Reason"), rows, "names")}</details>"""
 
 
 def _stages(facts: Facts) -> str:
@@ -334,7 +339,7 @@ def _stages(facts: Facts) -> str:
     heads = ("Table", "Rows", "Shards", "Time", "Peak memory", "Device", "Fingerprint")
     return (
         f"<p>{_seconds(sum(own))} in all, by selective_ray {escape(str(code.get('version')))}{commit}.</p>"
-        + _table(heads, rows)
+        + table(heads, rows)
     )
 
 
@@ -362,18 +367,18 @@ def _pairs(pairs: dict[tuple[str, str], list[str]], title: str) -> str:
     ]
     more = len(pairs) - ROWS_SHOWN
     rest = f'<p class="note">And {more:,} more, in the manifests.</p>' if more > 0 else ""
-    return _table((title, "Value", "Tables"), rows[:ROWS_SHOWN], "names") + rest
+    return table((title, "Value", "Tables"), rows[:ROWS_SHOWN], "names") + rest
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "numbers") -> str:
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "numbers") -> str:
     """Lay out cells of HTML; the first of each row names it. Wider than the screen, it scrolls by itself."""
     head = "".join(f"<th scope=col>{title}</th>" for title in heads)
     body = "\n".join(
         f"<tr><th scope=row>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
-    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
+    rows_and_head = f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{rows_and_head}</table></div>'
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -560,5 +565,6 @@ td{overflow-wrap:anywhere}
 .numbers td{font-variant-numeric:tabular-nums;white-space:nowrap}
 .names td,.names th{min-width:5rem}
 code{font:.85em ui-monospace,Menlo,Consolas,monospace}
+.confusion td{text-align:right;padding:.25rem .5rem}
 summary{cursor:pointer;color:var(--link);margin:.6rem 0}
 """

@@ -3,6 +3,7 @@
     training/NAME/begun.json                    what is being trained, and on which labels
     training/NAME/step-00001024-<sha256>.pt     the last few checkpoints, whole or not there
     training/NAME/metrics.jsonl                 a line for every few steps, and for every evaluation
+    training/NAME/tensorboard/                  the same numbers for TensorBoard
     training/NAME/manifest.json                 when the last step is done
 
 Metrics are written before the checkpoint that they lead up to, and lines beyond the checkpoint that a
@@ -15,8 +16,10 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from selective_ray import objects
@@ -27,7 +30,7 @@ _CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Checkpoints that are kept: should the last be damaged, there is one before.
 KEPT = 3
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 def name_of(step: int, sha256: str) -> str:
@@ -110,6 +113,30 @@ class Training:
         lines = [json.loads(line) for line in text.splitlines()]
         return lines if upto is None else [line for line in lines if line["step"] <= upto]
 
-    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        """Write all lines of the metrics."""
+    def write_metrics(self, lines: list[dict[str, Any]], new: int) -> None:
+        """Write all lines of the metrics; the last `new` of them also as a file for TensorBoard."""
         self.run.write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), self.table, METRICS)
+        if new:
+            name = f"events.out.tfevents.{lines[-new]['step']:010d}"
+            self.run.write_bytes(_events(lines[-new:]), self.table, EVENTS, name)
+
+    def drop_events(self, beyond: int) -> None:
+        """Remove what was written for TensorBoard of steps beyond one."""
+        for name in objects.names(self.run.path(self.table, EVENTS), self.run.access):
+            if int(name.rpartition(".")[2]) > beyond:
+                self.run.delete(self.table, EVENTS, name)
+
+
+def _events(lines: list[dict[str, Any]]) -> bytes:
+    """Return a file of TensorBoard with the single numbers of some lines."""
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer = SummaryWriter(folder)
+        for line in lines:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    writer.add_scalar(key, value, line["step"])
+        writer.close()
+        (file,) = Path(folder).iterdir()
+        return file.read_bytes()

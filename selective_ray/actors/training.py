@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from selective_ray import checkpoints, classifiers, labeling
+from selective_ray import checkpoints, classifiers, labeling, training_page
 from selective_ray.actors.placement import gpus_each
 from selective_ray.actors.session import Session, alive_nodes, cpus, gpus
 from selective_ray.actors.training_worker import Job, work
@@ -124,6 +124,8 @@ def train(
         started = time.monotonic()
         memory = _until_done(job, workers, each, reporter, lease.check)
         lines = training.metrics()
+        page = training_page.render(name, settings.steps, lines, list(classes))
+        run.write_bytes(page.encode(), "report", f"training-{name}.html")
         summary = _summary(job, lines, time.monotonic() - started)
         if stop < settings.steps:
             return None, summary

@@ -113,6 +113,9 @@ class _Worker:
         if state:
             self.learner.load(state)
         self.lines = job.training.metrics(self.first) if self.rank == 0 else []
+        self.written = len(self.lines)
+        if self.rank == 0:
+            job.training.drop_events(self.first)
         self.tally = _Tally(len(job.classes))
         self.began = time.monotonic()
 
@@ -141,13 +144,18 @@ class _Worker:
             self.tally.add(found, None if job.truth is None else job.truth[ids[len(known) :]])
             done = t + 1
             last = done == job.until
-            if done % LINE_STEPS == 0 or last:
+            saved = last or done % every.checkpoint_every == 0
+            # A training that goes on from a checkpoint begins a line there.
+            if saved or done % LINE_STEPS == 0:
                 self._line(done)
             if done % every.evaluate_every == 0 or done == every.steps:
                 self._evaluate(done)
-            if (done % every.checkpoint_every == 0 or last) and self.rank == 0:
-                job.training.write_metrics(self.lines)
+            if saved and self.rank == 0:
+                job.training.write_metrics(self.lines, len(self.lines) - self.written)
+                self.written = len(self.lines)
                 job.training.save(done, self.learner.state())
+            if saved or done % every.evaluate_every == 0:
+                self.began = time.monotonic()
 
     def _line(self, step: int) -> None:
         """Add up what all workers saw since the last line."""

@@ -1,0 +1,308 @@
+"""Training: the same for any interruption and any number of workers, and sentences for what cannot be."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_faults import killer
+
+from selective_ray import config, held_out, labeling, training
+from selective_ray.actors import pipeline
+from selective_ray.actors.training import train
+from selective_ray.errors import UserError
+from selective_ray.pixels import Pixels
+from selective_ray.progress import Reporter
+from selective_ray.store import Run
+from selective_ray.training import Training
+
+CLASSES = ("blue", "green", "red")
+SMALL = {
+    "train.network": "wrn-10-1",
+    "train.image_size": 8,
+    "train.steps": 12,
+    "train.batch": 6,
+    "train.unlabeled_ratio": 2,
+    "train.threshold": 0.4,
+    "train.average": 0.5,
+    "train.checkpoint_every": 4,
+    "train.evaluate_every": 6,
+    "train.lr": 0.05,
+    "resources.workers": 1,
+}
+
+
+def paint(folder, count, seed):
+    """Noisy images of one of three colors, in a folder for each."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = rng.integers(0, 90, (20, 24, 3))
+        pixels[..., 2 - i % 3] += 130
+        (folder / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / CLASSES[i % 3] / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labeled(two_cpus, tmp_path_factory):
+    """A run of 90 images, one of which cannot be read, whose picks are labeled."""
+    base = tmp_path_factory.mktemp("training")
+    images = paint(base / "images", 90, 0)
+    (images / "blue" / "broken.png").write_bytes(b"no image")
+    run = Run(str(base / "run"))
+    options = {"selection.budget": 9, "embed.encoder": "pca", "embed.image_size": 8, "resources.workers": 1}
+    settings, asked = config.load(options=options)
+    pipeline.advance(
+        run, pipeline.Source(str(images)), settings, asked, Reporter(quiet=True), upto="selection"
+    )
+    lines = ["image_id,label"]
+    for row in run.read_shard("selection", 0).to_pylist():
+        lines.append(f"{row['image_id']},{row['uri'].split('/')[-2]}")
+    (base / "labels.csv").write_text("\n".join(lines))
+    labeling.bring_labels(run, str(base / "labels.csv"), replace=False, reporter=Reporter(quiet=True))
+    return run
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return held_out.read(str(paint(tmp_path_factory.mktemp("held-out"), 30, 1)))
+
+
+def trained(run, name, others=held_out.NONE, reporter=None, until=None, truth=None, **options):
+    settings, _ = config.load(options={**SMALL, **options}, own_embeddings=True)
+    how = {"until": until, "held_out": others, "truth": truth}
+    return train(run, settings, name, reporter or Reporter(quiet=True), **how)
+
+
+def state(run, name):
+    found = Training(run, name).newest(print)
+    return found[0], {
+        f"{part}.{key}": value for part in ("network", "average") for key, value in found[1][part].items()
+    }
+
+
+def without_speed(lines):
+    return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(labeled, others):
+    truth = {i: row.split("/")[-2] for i, row in enumerate(labeled.listed(np.arange(91))["uri"].to_pylist())}
+    done, _ = trained(labeled, "whole", others, truth=truth, **{"train.steps": 300})
+    return done
+
+
+def test_training_learns_the_colors(labeled, whole):
+    assert whole.summary["accuracy"] > 0.9
+    lines = Training(labeled, "whole").metrics()
+    told = [line for line in lines if "loss" in line]
+    # Every step is in one line, and every image that was seen has a pseudo-label.
+    assert [line["step"] for line in told] == list(np.cumsum([line["steps"] for line in told]))
+    assert told[-1]["step"] == 300
+    assert told[-1]["loss"] < told[0]["loss"]
+    assert told[-1]["mask_rate"] > 0.5 and told[-1]["impurity"] < 0.2
+    assert sum(told[-1]["confident"].values()) <= told[-1]["steps"] * 12
+    judged = [line for line in lines if "accuracy" in line]
+    assert [line["step"] for line in judged] == list(range(6, 301, 6))
+    assert np.sum(judged[-1]["confusion"]) == 30 and set(judged[-1]["by_class"]) == set(CLASSES)
+    # What is kept of checkpoints is bounded.
+    assert [step for step, _ in Training(labeled, "whole").checkpoints()] == [300, 296, 292]
+
+
+def test_a_finished_training_is_not_begun_again(labeled, whole):
+    again, summary = trained(labeled, "whole", **{"train.steps": 300})
+    assert again == whole and summary == whole.summary
+
+
+def test_a_training_continues_to_the_bit_from_the_last_whole_checkpoint(labeled, others):
+    trained(labeled, "at once", others)
+    done, summary = trained(labeled, "in parts", others, until=8)
+    assert done is None and summary["steps"] == 8
+    parts = Training(labeled, "in parts")
+    assert [step for step, _ in parts.checkpoints()] == [8, 4]
+    newest = parts.checkpoints()[0][1]
+    data = bytearray(labeled.read_bytes(parts.table, newest))
+    data[len(data) // 2] ^= 1
+    labeled.write_bytes(bytes(data), parts.table, newest)
+    reporter = Reporter(quiet=True)
+    done, _ = trained(labeled, "in parts", others, reporter)
+    assert done is not None
+    assert any(newest in words and "is damaged" in words for words in reporter.warnings)
+    step, mine = state(labeled, "in parts")
+    expected_step, expected = state(labeled, "at once")
+    assert step == expected_step == 12
+    for name, value in expected.items():
+        assert torch.equal(mine[name], value), name
+    assert without_speed(parts.metrics()) == without_speed(Training(labeled, "at once").metrics())
+
+
+def test_two_workers_train_as_one_does(labeled):
+    for name, workers in (("one", 1), ("two", 2)):
+        options = {"train.precision": "float64", "resources.workers": workers, "train.batch": 7}
+        trained(labeled, name, **options)
+    (_, one), (_, two) = state(labeled, "one"), state(labeled, "two")
+    for name, value in one.items():
+        assert torch.allclose(value.double(), two[name].double(), rtol=0, atol=1e-6), name
+    assert Training(labeled, "two").metrics()[-1]["loss"] == pytest.approx(
+        Training(labeled, "one").metrics()[-1]["loss"], abs=1e-6
+    )
+
+
+def test_a_killed_worker_costs_steps_and_not_the_training(labeled):
+    """It goes on from the newest checkpoint, and the metrics have no gap and no line twice."""
+    folder, reporter = Training(labeled, "killed"), Reporter(quiet=True)
+    options = {"train.steps": 120, "train.checkpoint_every": 20}
+    with killer("ray::RayTrainWorker", lambda: len(folder.checkpoints()) >= 2) as killed:
+        done, _ = trained(labeled, "killed", reporter=reporter, **options)
+    assert killed and done is not None
+    assert any("goes on from step" in words for words in reporter.warnings)
+    steps = [line["step"] for line in folder.metrics()]
+    assert steps == sorted({*range(20, 121, 20), 50, 100})
+    assert [line["steps"] for line in folder.metrics()] == np.diff([0, *steps]).tolist()
+
+
+def test_other_labels_or_another_recipe_are_refused(labeled, whole):
+    with pytest.raises(UserError, match=r"train.lr is 0.05 there and 0.1 here.*another --name"):
+        trained(labeled, "whole", **{"train.steps": 300, "train.lr": 0.1})
+
+
+def test_bad_input_gets_a_sentence(labeled, tmp_path, two_cpus):
+    with pytest.raises(UserError, match=r"train\.network = 'wrn-11-2' is not known"):
+        trained(labeled, "x", **{"train.network": "wrn-11-2"})
+    with pytest.raises(UserError, match="--name 'a/b' is no name"):
+        trained(labeled, "a/b")
+    settings, asked = config.load(
+        options={"selection.budget": 9, "embed.encoder": "pca", "embed.image_size": 8}, own_embeddings=True
+    )
+    bare = Run(str(tmp_path / "bare"))
+    source = pipeline.Source(embeddings=labeled.uri)
+    pipeline.advance(bare, source, settings, asked, Reporter(quiet=True), upto="selection")
+    with pytest.raises(UserError, match=r"has no labels; `selective-ray export`"):
+        trained(bare, "x")
+    file = tmp_path / "one.csv"
+    file.write_text("image_id,label\n3,red\n4,red\n")
+    labeling.bring_labels(bare, str(file), replace=False, reporter=Reporter(quiet=True))
+    with pytest.raises(UserError, match=r"all 2 labels of .* are 'red': a classifier needs two classes"):
+        trained(bare, "x")
+    other = tmp_path / "other.pt"
+    torch.save({"conv.weight": torch.zeros(3)}, other)
+    with pytest.raises(UserError, match="is of another network than wrn-10-1"):
+        trained(labeled, "x", **{"train.checkpoint": str(other)})
+    with pytest.raises(UserError, match="holds no folders of two classes"):
+        held_out.read(str(paint(tmp_path / "one", 1, 0)))
+
+
+def test_a_class_without_labels_is_told_of(labeled, tmp_path):
+    file = tmp_path / "held-out.csv"
+    image = paint(tmp_path / "images", 1, 0) / "red" / "000.png"
+    file.write_text(f"uri,label\n{image},red\n{image},purple\n")
+    reporter = Reporter(quiet=True)
+    done, _ = trained(labeled, "purple", held_out.read(str(file)), reporter, **{"train.steps": 2})
+    assert any("no labeled image is of purple" in words for words in reporter.warnings)
+    assert done.summary["accuracy"] <= 0.5
+
+
+def test_more_workers_than_there_is_room_for(labeled):
+    reporter = Reporter(quiet=True)
+    options = {"resources.workers": 6, "resources.start_seconds": 1.5, "train.steps": 2}
+    done, _ = trained(labeled, "many", reporter=reporter, **options)
+    assert done is not None
+    assert any("waiting for 6 workers: the cluster has room for 4" in words for words in reporter.warnings)
+    assert any("training with 4 workers" in words for words in reporter.warnings)
+
+
+def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled, tmp_path):
+    ids = np.random.default_rng(0).permutation(90)
+    ids = ids[ids != labeled.read_shard("rejected", 0)["image_id"][0].as_py()]
+    direct = Pixels.of_run(labeled, size=10, limit=0)
+    kept = Pixels.of_run(labeled, size=10, limit=1e9)
+    expected = direct.get(ids)
+    assert np.array_equal(kept.get(ids[:30]), expected[:30])
+    assert np.array_equal(kept.get(ids), expected)
+    # From now on the store is not asked.
+    kept.how["read"] = None
+    assert np.array_equal(kept.get(ids[::-1]), expected[::-1])
+    assert direct.kept == 0 and not list(tmp_path.iterdir())
+
+
+def test_metrics_are_lines_of_json(labeled, whole):
+    text = labeled.read_bytes("training/whole", training.METRICS).decode()
+    assert all(isinstance(json.loads(line)["step"], int) for line in text.splitlines())
+
+
+TRAIN = """
+import json, sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from selective_ray import config
+from selective_ray.actors.training import train
+from selective_ray.progress import Reporter
+from selective_ray.store import Run
+from selective_ray.training import Training
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+run, name, options = Run(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+
+def kill_one():
+    while len(Training(run, name).checkpoints()) < 2:
+        time.sleep(0.01)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    print("killed", flush=True)
+
+threading.Thread(target=kill_one, daemon=True).start()
+settings, _ = config.load(options=options, own_embeddings=True)
+reporter = Reporter(quiet=True)
+done, summary = train(run, settings, name, reporter)
+print(json.dumps(reporter.warnings))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_training(labeled):
+    """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
+    options = {**SMALL, "train.steps": 200, "train.checkpoint_every": 10, "resources.workers": 2}
+    words = [sys.executable, "-c", TRAIN, labeled.uri, "node", json.dumps(options)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert "killed" in answer.stdout and "goes on from step" in answer.stdout
+    steps = [line["steps"] for line in Training(labeled, "node").metrics()]
+    assert sum(steps) == 200 and labeled.manifest("training/node") is not None
+
+
+@pytest.mark.faults
+def test_the_driver_killed_while_training(labeled):
+    """The same command goes on from the newest checkpoint, and ends as one that was not killed."""
+    options = {**SMALL, "train.steps": 60, "train.checkpoint_every": 10}
+    sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    words = [sys.executable, "-m", "selective_ray", "train", "--run", labeled.uri, "--debug", *sets]
+    folder = Training(labeled, "driver")
+    driver = subprocess.Popen([*words, "--name", "driver"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while len(folder.checkpoints()) < 2:
+            assert driver.poll() is None, driver.stderr.read()
+            time.sleep(0.002)
+        driver.kill()
+        driver.wait(60)
+    finally:
+        driver.kill()
+        driver.stderr.close()
+    assert labeled.manifest(folder.table) is None, "it was finished before the kill"
+    for name in ("driver", "quiet"):
+        answer = subprocess.run(
+            [*words, "--name", name], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert "60 steps" in answer.stdout
+    (_, mine), (_, quiet) = state(labeled, "driver"), state(labeled, "quiet")
+    assert all(torch.equal(mine[name], value) for name, value in quiet.items())
+    assert without_speed(folder.metrics()) == without_speed(Training(labeled, "quiet").metrics())
