@@ -202,6 +202,8 @@ class Resources(Section):
     start_seconds: float = Field(900.0, gt=0)
     # GiB of decoded images that training keeps on the disk of each machine; what is beyond is read again.
     cache: float = Field(20.0, ge=0)
+    # Project of Weights & Biases that the numbers of a training go to as well.
+    wandb: str | None = None
 
     def access(self) -> Access:
         """Return how stores are reached, as reading takes it."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,16 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def folder_of(*identity: object) -> Path:
-    """Return the folder of this machine for images of an identity, as a run, its listing and a size."""
-    boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
-    name = hashlib.sha256(repr((boot, os.getuid(), identity)).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"selective-ray-{os.getuid()}" / f"pixels-{name}"
+    """Return the folder of this machine for images of an identity, as a run, its listing and a size.
+
+    What machines left that were booted before is removed.
+    """
+    boot = _BOOT.read_text().strip()[:8] if _BOOT.exists() else "unknown"
+    base = Path(tempfile.gettempdir()) / f"selective-ray-{os.getuid()}"
+    for folder in base.glob("pixels-*"):
+        if not folder.name.startswith(f"pixels-{boot}-"):
+            shutil.rmtree(folder, ignore_errors=True)
+    return base / f"pixels-{boot}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
 class Pixels:

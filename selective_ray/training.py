@@ -74,6 +74,11 @@ class Training:
             self.run.write_json(begun, self.table, BEGUN)
         return self.run.manifest(self.table)
 
+    def fingerprint(self) -> str:
+        """Fingerprint of a training that was begun."""
+        found = self.run.read_json(self.table, MANIFEST) or self.run.read_json(self.table, BEGUN)
+        return found["fingerprint"]
+
     def checkpoints(self) -> list[tuple[int, str]]:
         """Return step and name of each checkpoint, the newest first."""
         names = objects.names(self.run.path(self.table), self.run.access)

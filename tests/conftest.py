@@ -13,10 +13,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
-def two_cpus():
+def two_cpus(tmp_path_factory):
     """A local Ray of two CPUs; every test that uses it works in its own run folder."""
     import ray
 
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path_factory.mktemp("wandb"))}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     # Workers find them as they would find a role's; the endpoint comes with the run.

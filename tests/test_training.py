@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,25 +121,25 @@ def test_a_finished_training_is_not_begun_again(labeled, whole):
 
 
 def test_a_training_continues_to_the_bit_from_the_last_whole_checkpoint(labeled, others):
-    trained(labeled, "at once", others)
-    done, summary = trained(labeled, "in parts", others, until=8)
+    trained(labeled, "at-once", others)
+    done, summary = trained(labeled, "in-parts", others, until=8)
     assert done is None and summary["steps"] == 8
-    parts = Training(labeled, "in parts")
+    parts = Training(labeled, "in-parts")
     assert [step for step, _ in parts.checkpoints()] == [8, 4]
     newest = parts.checkpoints()[0][1]
     data = bytearray(labeled.read_bytes(parts.table, newest))
     data[len(data) // 2] ^= 1
     labeled.write_bytes(bytes(data), parts.table, newest)
     reporter = Reporter(quiet=True)
-    done, _ = trained(labeled, "in parts", others, reporter)
+    done, _ = trained(labeled, "in-parts", others, reporter)
     assert done is not None
     assert any(newest in words and "is damaged" in words for words in reporter.warnings)
-    step, mine = state(labeled, "in parts")
-    expected_step, expected = state(labeled, "at once")
+    step, mine = state(labeled, "in-parts")
+    expected_step, expected = state(labeled, "at-once")
     assert step == expected_step == 12
     for name, value in expected.items():
         assert torch.equal(mine[name], value), name
-    assert without_speed(parts.metrics()) == without_speed(Training(labeled, "at once").metrics())
+    assert without_speed(parts.metrics()) == without_speed(Training(labeled, "at-once").metrics())
 
 
 def test_two_workers_train_as_one_does(labeled):
@@ -228,6 +229,13 @@ def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled, t
     kept.how["read"] = None
     assert np.array_equal(kept.get(ids[::-1]), expected[::-1])
     assert direct.kept == 0 and not list(tmp_path.iterdir())
+
+
+def test_numbers_go_to_weights_and_biases(labeled):
+    trained(labeled, "shown", **{"train.steps": 2, "resources.wandb": "tests"})
+    identity = f"shown-{Training(labeled, 'shown').fingerprint()}"
+    (offline,) = Path(os.environ["WANDB_DIR"]).glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")
+    assert b"mask_rate" in offline.read_bytes()
 
 
 def test_metrics_are_lines_of_json(labeled, whole):

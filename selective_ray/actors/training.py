@@ -11,6 +11,7 @@ newest checkpoint, as many as there is room for then.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import tempfile
 import threading
 import time
@@ -63,9 +64,8 @@ class Desk:
         self.refused = message
 
     def read(self) -> tuple[int, str, list[str], str, int]:
-        """Return step, words, messages since the last call, the refusal, and the largest worker's memory."""
-        messages, self.messages = self.messages, []
-        return self.step, self.words, messages, self.refused, self.memory
+        """Return step, words, all messages, the refusal, and the largest worker's memory."""
+        return self.step, self.words, self.messages, self.refused, self.memory
 
 
 def train(
@@ -87,6 +87,8 @@ def train(
     classifiers.check_name(config.train.network)
     if not NAME.fullmatch(name):
         raise UsageError(f"--name {name!r} is no name for a folder; use letters, digits, dots and hyphens")
+    if config.resources.wandb and not importlib.util.find_spec("wandb"):
+        raise UsageError("resources.wandb needs Weights & Biases; install it with `pip install wandb`")
     labels = _labels(run, reporter)
     classes = tuple(sorted(set(labels.values())))
     _warn_of_missing(classes, held_out, truth or {}, reporter)
@@ -119,6 +121,7 @@ def train(
             column=run.manifest("images").what["images"].get("column"),
             threads=max(1, cpus() // workers),
             tasks=max(1, cpus() // workers),
+            board=config.resources.wandb,
             desk=Desk.remote(),
         )
         started = time.monotonic()
@@ -267,7 +270,7 @@ def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Report
                     f"training failed {FAILURES} times without a new checkpoint between, at step {before:,}: "
                     f"{error}; run the same command again to go on from there"
                 )
-            reporter.warn(f"a worker was lost; training goes on from step {before:,}")
+            reporter.warn(f"training was interrupted and goes on from step {before:,} ({error})")
 
 
 def _newest_step(job: Job) -> int:
@@ -279,14 +282,15 @@ def _newest_step(job: Job) -> int:
 def _watching(job: Job, watch: Any, first: int, reporter: Reporter) -> Iterator[None]:
     """Show what the workers leave on the desk, until the block ends."""
     ended = threading.Event()
-    shown = first
+    shown, said = first, 0
 
     def look() -> None:
-        nonlocal shown
+        nonlocal shown, said
         with contextlib.suppress(ray.exceptions.RayError):
             step, words, messages, *_ = ray.get(job.desk.read.remote())
-            for message in messages:
+            for message in messages[said:]:
                 reporter.warn(message)
+            said = len(messages)
             if step > shown:
                 watch.advance(step - shown)
                 shown = step

@@ -52,16 +52,13 @@ class Job:
     column: str | None
     threads: int
     tasks: int
+    board: str | None
     desk: Any
 
     @property
     def training(self) -> Training:
         """Where it is kept."""
         return Training(self.run, self.name)
-
-    def pixels(self) -> Pixels:
-        """Images of the run by id."""
-        return Pixels.of_run(self.run, size=self.train.image_size, limit=self.cache_bytes, column=self.column)
 
 
 def work(told: dict[str, Any]) -> None:
@@ -116,6 +113,7 @@ class _Worker:
         self.written = len(self.lines)
         if self.rank == 0:
             job.training.drop_events(self.first)
+        self.board = _board(job) if job.board and self.rank == 0 else None
         self.tally = _Tally(len(job.classes))
         self.began = time.monotonic()
 
@@ -151,11 +149,22 @@ class _Worker:
             if done % every.evaluate_every == 0 or done == every.steps:
                 self._evaluate(done)
             if saved and self.rank == 0:
-                job.training.write_metrics(self.lines, len(self.lines) - self.written)
-                self.written = len(self.lines)
-                job.training.save(done, self.learner.state())
+                self._save(done)
             if saved or done % every.evaluate_every == 0:
                 self.began = time.monotonic()
+
+        if self.board:
+            self.board.finish()
+
+    def _save(self, step: int) -> None:
+        """Write the metrics, and then the checkpoint that they lead up to."""
+        new = self.lines[self.written :]
+        self.job.training.write_metrics(self.lines, len(new))
+        self.written = len(self.lines)
+        for line in new if self.board else ():
+            numbers = {key: value for key, value in line.items() if isinstance(value, float)}
+            self.board.log(numbers, step=line["step"])
+        self.job.training.save(step, self.learner.state())
 
     def _line(self, step: int) -> None:
         """Add up what all workers saw since the last line."""
@@ -213,6 +222,14 @@ class _Worker:
                     "confusion": judged.confusion.tolist(),
                 }
             )
+
+
+def _board(job: Job) -> Any:
+    """Return the run of Weights & Biases that shows this training, the same after every interruption."""
+    import wandb
+
+    identity = job.training.fingerprint()
+    return wandb.init(project=job.board, id=f"{job.name}-{identity}", name=job.name, resume="allow")
 
 
 def _summed(values: np.ndarray, workers: int, device: str) -> np.ndarray:
@@ -286,14 +303,15 @@ def stream(job: Job, first: int, rank: int, workers: int) -> Iterator[tuple[int,
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    source = (job.run, job.train.image_size, job.cache_bytes, job.column)
     for start in range(first, job.until, BLOCKS * steps):
         stop = min(job.until, start + BLOCKS * steps)
         count = -(-(stop - start) // steps)
         bring = functools.partial(
-            _bring, job=job, start=start, stop=stop, steps=steps, rank=rank, workers=workers
+            _bring, source=source, plan=job.plan, start=start, stop=stop, steps=steps, part=(rank, workers)
         )
         found = ray.data.range(count, override_num_blocks=count).map_batches(
-            bring, batch_size=None, num_cpus=TASK_CPUS, concurrency=job.tasks
+            bring, batch_size=None, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(size=job.tasks)
         )
         for block in found.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
             yield from zip(block["step"].tolist(), block["image_id"], block["pixels"], strict=True)
@@ -305,19 +323,27 @@ def _pixels(run: Run, size: int, limit: float, column: str | None) -> Pixels:
 
 
 def _bring(
-    rows: dict[str, np.ndarray], job: Job, start: int, stop: int, steps: int, rank: int, workers: int
+    rows: dict[str, np.ndarray],
+    source: tuple[Run, int, float, str | None],
+    plan: Plan,
+    start: int,
+    stop: int,
+    steps: int,
+    part: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Bring the images of some blocks of steps."""
-    pixels = _pixels(job.run, job.train.image_size, job.cache_bytes, job.column)
-    wanted = [
-        t
-        for row in rows["id"].tolist()
-        for t in range(start + row * steps, min(stop, start + (row + 1) * steps))
-    ]
+    """Bring the images of some blocks of steps: part r of w."""
+    rank, workers = part
+    pixels = _pixels(*source)
+    firsts = [start + row * steps for row in rows["id"].tolist()]
+    wanted = [t for first in firsts for t in range(first, min(stop, first + steps))]
     ids = []
     for t in wanted:
-        known, rest = np.split(job.plan.step(t), [job.plan.labeled])
+        known, rest = np.split(plan.step(t), [plan.labeled])
         ids.append(np.concatenate([known[rank::workers], rest[rank::workers]]))
     image_ids = np.stack(ids)
-    found = pixels.get(image_ids.reshape(-1)).reshape(*image_ids.shape, *([job.train.image_size] * 2), 3)
-    return {"step": np.array(wanted), "image_id": image_ids, "pixels": found}
+    found = pixels.get(image_ids.reshape(-1))
+    return {
+        "step": np.array(wanted),
+        "image_id": image_ids,
+        "pixels": found.reshape(*image_ids.shape, *found.shape[1:]),
+    }
