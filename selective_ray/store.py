@@ -83,9 +83,9 @@ def shard_name(index: int) -> str:
 
 
 def stage_of(table: str) -> str:
-    """Name of the stage that makes a table: `selection` of `selection-1000`."""
+    """Name of the stage that makes a table: `selection` of `selection-1000`, `training` of `training/NAME`."""
     nested = NESTED.fullmatch(table)
-    return nested[1] if nested else table
+    return nested[1] if nested else table.partition("/")[0]
 
 
 def nested(stage: str, budget: int) -> str:
