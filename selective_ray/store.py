@@ -83,7 +83,7 @@ def shard_name(index: int) -> str:
 
 
 def stage_of(table: str) -> str:
-    """Name of the stage that makes a table: `selection` of `selection-1000`, `training` of `training/NAME`."""
+    """Name of the stage that makes a table: `selection` for `selection-1000`, `training` for `training/a`."""
     nested = NESTED.fullmatch(table)
     return nested[1] if nested else table.partition("/")[0]
 
