@@ -15,7 +15,7 @@ from test_faults import killer
 
 from selective_ray import config, held_out, labeling, training
 from selective_ray.actors import pipeline
-from selective_ray.actors.training import train
+from selective_ray.actors.training import _workers, train
 from selective_ray.errors import UserError
 from selective_ray.pixels import Pixels
 from selective_ray.progress import Reporter
@@ -94,10 +94,14 @@ def without_speed(lines):
     return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
 
+def truth_of(run):
+    uris = run.listed(np.arange(91))["uri"].to_pylist()
+    return {image: uri.split("/")[-2] for image, uri in enumerate(uris)}
+
+
 @pytest.fixture(scope="module")
 def whole(labeled, others):
-    truth = {i: row.split("/")[-2] for i, row in enumerate(labeled.listed(np.arange(91))["uri"].to_pylist())}
-    done, _ = trained(labeled, "whole", others, truth=truth, **LONG)
+    done, _ = trained(labeled, "whole", others, truth=truth_of(labeled), **LONG)
     return done
 
 
@@ -123,51 +127,42 @@ def test_a_finished_training_is_not_begun_again(labeled, whole):
     assert again == whole and summary == whole.summary
 
 
-def test_a_training_continues_to_the_bit_from_the_last_whole_checkpoint(labeled, others):
-    trained(labeled, "at-once", others)
-    done, summary = trained(labeled, "in-parts", others, until=8)
-    assert done is None and summary["steps"] == 8
-    parts = Training(labeled, "in-parts")
-    assert [step for step, _ in parts.checkpoints()] == [8, 4]
-    newest = parts.checkpoints()[0][1]
-    data = bytearray(labeled.read_bytes(parts.table, newest))
-    data[len(data) // 2] ^= 1
-    labeled.write_bytes(bytes(data), parts.table, newest)
-    reporter = Reporter(quiet=True)
-    done, _ = trained(labeled, "in-parts", others, reporter)
-    assert done is not None
-    assert any(newest in words and "is damaged" in words for words in reporter.warnings)
-    step, mine = state(labeled, "in-parts")
-    expected_step, expected = state(labeled, "at-once")
-    assert step == expected_step == 12
-    for name, value in expected.items():
-        assert torch.equal(mine[name], value), name
-    assert without_speed(parts.metrics()) == without_speed(Training(labeled, "at-once").metrics())
-
-
-def test_two_workers_train_as_one_does(labeled):
-    for name, workers in (("one", 1), ("two", 2)):
-        options = {"train.precision": "float64", "resources.workers": workers, "train.batch": 7}
-        trained(labeled, name, **options)
-    (_, one), (_, two) = state(labeled, "one"), state(labeled, "two")
-    for name, value in one.items():
-        assert torch.allclose(value.double(), two[name].double(), rtol=0, atol=1e-6), name
-    assert Training(labeled, "two").metrics()[-1]["loss"] == pytest.approx(
-        Training(labeled, "one").metrics()[-1]["loss"], abs=1e-6
-    )
-
-
-def test_a_killed_worker_costs_steps_and_not_the_training(labeled):
-    """It goes on from the newest checkpoint, and the metrics have no gap and no line twice."""
+def test_a_killed_worker_costs_steps_and_not_the_training(labeled, others, whole):
+    """It goes on from the newest checkpoint: the same weights to the bit, no gap and no line twice."""
     folder, reporter = Training(labeled, "killed"), Reporter(quiet=True)
-    options = {"train.steps": 120, "train.checkpoint_every": 20}
     with killer("ray::RayTrainWorker", lambda: len(folder.checkpoints()) >= 2) as killed:
-        done, _ = trained(labeled, "killed", reporter=reporter, **options)
+        done, _ = trained(labeled, "killed", others, reporter, truth=truth_of(labeled), **LONG)
     assert killed and done is not None
     assert any("goes on from step" in words for words in reporter.warnings)
-    steps = [line["step"] for line in folder.metrics()]
-    assert steps == sorted({*range(20, 121, 20), 50, 100})
-    assert [line["steps"] for line in folder.metrics()] == np.diff([0, *steps]).tolist()
+    (_, mine), (_, expected) = state(labeled, "killed"), state(labeled, "whole")
+    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+    assert without_speed(folder.metrics()) == without_speed(Training(labeled, "whole").metrics())
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    folder = Training(Run(str(tmp_path)), "x")
+    for step in (4, 8, 12, 16):
+        folder.save(step, {"step": torch.tensor(step)})
+    assert [step for step, _ in folder.checkpoints()] == [16, 12, 8]
+    for _, name in folder.checkpoints()[:2]:
+        data = bytearray(folder.run.read_bytes(folder.table, name))
+        data[len(data) // 2] ^= 1
+        folder.run.write_bytes(bytes(data), folder.table, name)
+    said = []
+    step, found = folder.newest(said.append)
+    assert step == 8 and found["step"] == 8
+    assert len(said) == 2 and "is damaged; the one before it is taken" in said[0]
+    assert Training(folder.run, "y").newest(said.append) == (0, None)
+
+
+def test_more_workers_than_there_is_room_for(two_cpus):
+    reporter = Reporter(quiet=True)
+    options = {"resources.workers": 6, "resources.start_seconds": 1.5}
+    settings, _ = config.load(options=options, own_embeddings=True)
+    workers, _ = _workers(settings, reporter)
+    assert workers == 4
+    assert any("waiting for 6 workers: the cluster has room for 4" in words for words in reporter.warnings)
+    assert any("training with 4 workers" in words for words in reporter.warnings)
 
 
 def test_other_labels_or_another_recipe_are_refused(labeled, whole):
@@ -201,25 +196,6 @@ def test_bad_input_gets_a_sentence(labeled, tmp_path, two_cpus):
         held_out.read(str(paint(tmp_path / "one", 1, 0)))
 
 
-def test_a_class_without_labels_is_told_of(labeled, tmp_path):
-    file = tmp_path / "held-out.csv"
-    image = paint(tmp_path / "images", 1, 0) / "red" / "000.png"
-    file.write_text(f"uri,label\n{image},red\n{image},purple\n")
-    reporter = Reporter(quiet=True)
-    done, _ = trained(labeled, "purple", held_out.read(str(file)), reporter, **{"train.steps": 2})
-    assert any("no labeled image is of purple" in words for words in reporter.warnings)
-    assert done.summary["accuracy"] <= 0.5
-
-
-def test_more_workers_than_there_is_room_for(labeled):
-    reporter = Reporter(quiet=True)
-    options = {"resources.workers": 6, "resources.start_seconds": 1.5, "train.steps": 2}
-    done, _ = trained(labeled, "many", reporter=reporter, **options)
-    assert done is not None
-    assert any("waiting for 6 workers: the cluster has room for 4" in words for words in reporter.warnings)
-    assert any("training with 4 workers" in words for words in reporter.warnings)
-
-
 def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled, tmp_path):
     ids = np.random.default_rng(0).permutation(90)
     ids = ids[ids != labeled.read_shard("rejected", 0)["image_id"][0].as_py()]
@@ -234,6 +210,59 @@ def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled, t
     assert direct.kept == 0 and not list(tmp_path.iterdir())
 
 
+def test_metrics_are_lines_of_json(labeled, whole):
+    text = labeled.read_bytes("training/whole", training.METRICS).decode()
+    assert all(isinstance(json.loads(line)["step"], int) for line in text.splitlines())
+
+
+@pytest.mark.faults
+def test_a_training_continues_to_the_bit_from_the_last_whole_checkpoint(labeled, others):
+    trained(labeled, "at-once", others)
+    done, summary = trained(labeled, "in-parts", others, until=8)
+    assert done is None and summary["steps"] == 8
+    parts = Training(labeled, "in-parts")
+    assert [step for step, _ in parts.checkpoints()] == [8, 4]
+    newest = parts.checkpoints()[0][1]
+    data = bytearray(labeled.read_bytes(parts.table, newest))
+    data[len(data) // 2] ^= 1
+    labeled.write_bytes(bytes(data), parts.table, newest)
+    reporter = Reporter(quiet=True)
+    done, _ = trained(labeled, "in-parts", others, reporter)
+    assert done is not None
+    assert any(newest in words and "is damaged" in words for words in reporter.warnings)
+    step, mine = state(labeled, "in-parts")
+    expected_step, expected = state(labeled, "at-once")
+    assert step == expected_step == 12
+    for name, value in expected.items():
+        assert torch.equal(mine[name], value), name
+    assert without_speed(parts.metrics()) == without_speed(Training(labeled, "at-once").metrics())
+
+
+@pytest.mark.faults
+def test_two_workers_train_as_one_does(labeled):
+    for name, workers in (("one", 1), ("two", 2)):
+        options = {"train.precision": "float64", "resources.workers": workers, "train.batch": 7}
+        trained(labeled, name, **options)
+    (_, one), (_, two) = state(labeled, "one"), state(labeled, "two")
+    for name, value in one.items():
+        assert torch.allclose(value.double(), two[name].double(), rtol=0, atol=1e-6), name
+    assert Training(labeled, "two").metrics()[-1]["loss"] == pytest.approx(
+        Training(labeled, "one").metrics()[-1]["loss"], abs=1e-6
+    )
+
+
+@pytest.mark.faults
+def test_a_class_without_labels_is_told_of(labeled, tmp_path):
+    file = tmp_path / "held-out.csv"
+    image = paint(tmp_path / "images", 1, 0) / "red" / "000.png"
+    file.write_text(f"uri,label\n{image},red\n{image},purple\n")
+    reporter = Reporter(quiet=True)
+    done, _ = trained(labeled, "purple", held_out.read(str(file)), reporter, **{"train.steps": 2})
+    assert any("no labeled image is of purple" in words for words in reporter.warnings)
+    assert done.summary["accuracy"] <= 0.5
+
+
+@pytest.mark.faults
 def test_numbers_go_to_weights_and_biases(labeled):
     trained(labeled, "shown", **{"train.steps": 2, "resources.wandb": "tests"})
     identity = f"shown-{Training(labeled, 'shown').fingerprint()}"
@@ -241,17 +270,12 @@ def test_numbers_go_to_weights_and_biases(labeled):
     assert b"mask_rate" in offline.read_bytes()
 
 
-def test_metrics_are_lines_of_json(labeled, whole):
-    text = labeled.read_bytes("training/whole", training.METRICS).decode()
-    assert all(isinstance(json.loads(line)["step"], int) for line in text.splitlines())
-
-
 TRAIN = """
 import json, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from selective_ray import config
-from selective_ray.actors.training import train
+from selective_ray.actors.training import _workers, train
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 from selective_ray.training import Training

@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 import ray
 
-from selective_ray import checkpoints, classifiers, labeling, training_page
+from selective_ray import checkpoints, labeling, training_page
 from selective_ray.actors.placement import gpus_each
 from selective_ray.actors.session import Session, alive_nodes, cpus, gpus
 from selective_ray.actors.training_worker import Job, work
 from selective_ray.batches import Plan
-from selective_ray.config import Config
+from selective_ray.config import Config, Train
 from selective_ray.errors import UsageError, UserError, first_line, named
 from selective_ray.held_out import NONE, HeldOut
 from selective_ray.lease import Lease
 from selective_ray.memory import peak_memory
+from selective_ray.objects import Access
 from selective_ray.progress import Reporter
 from selective_ray.store import Manifest, Run
 from selective_ray.training import NAME, Training
@@ -84,13 +85,13 @@ def train(
     truth: classes of images, known for no other use than to tell how many pseudo-labels are wrong. Raises
     UserError where there is nothing to train on, or where it fails again and again.
     """
-    classifiers.check_name(config.train.network)
     if not NAME.fullmatch(name):
         raise UsageError(f"--name {name!r} is no name for a folder; use letters, digits, dots and hyphens")
     if config.resources.wandb and not importlib.util.find_spec("wandb"):
         raise UsageError("resources.wandb needs Weights & Biases; install it with `pip install wandb`")
     labels = _labels(run, reporter)
     classes = tuple(sorted(set(labels.values())))
+    _check_network(config.train, len(classes), run.access)
     _warn_of_missing(classes, held_out, truth or {}, reporter)
     settings = config.train
     what = {
@@ -165,6 +166,15 @@ def _labels(run: Run, reporter: Reporter) -> dict[int, str]:
             "classes; label more images"
         )
     return labels
+
+
+def _check_network(settings: Train, classes: int, access: Access) -> None:
+    """Raise where there is no such network, or its checkpoint is of another."""
+    from selective_ray import classifiers
+
+    network = classifiers.build(settings.network, classes)
+    if settings.checkpoint:
+        classifiers.begin_from(network, settings.network, settings.checkpoint, access)
 
 
 def _warn_of_missing(

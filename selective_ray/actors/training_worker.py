@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from selective_ray import batches, classifiers
+from selective_ray import batches
 from selective_ray.batches import Plan
 from selective_ray.config import Train
 from selective_ray.errors import UserError
@@ -83,6 +83,7 @@ class _Worker:
 
         import torch
 
+        from selective_ray import classifiers
         from selective_ray.fixmatch import Learner, Recipe
 
         context = ray.train.get_context()
