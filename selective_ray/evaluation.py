@@ -13,22 +13,10 @@ from scipy.optimize import minimize
 from scipy.sparse import coo_array, csr_array, dia_array
 from scipy.special import log_softmax
 
+from selective_ray.figures import ACCURACIES
 from selective_ray.neighbors import neighbors
 from selective_ray.schema import Neighbors
 
-# What `judge` tells, with the words for people; the first four are shares of rows that are told right.
-ACCURACIES = {
-    "linear_probe": "linear probe",
-    "nearest_neighbor": "nearest neighbor",
-    "five_neighbors": "5 nearest neighbors",
-    "label_propagation": "label propagation",
-}
-FIGURES = {
-    **ACCURACIES,
-    "coverage": "coverage",
-    "classes": "classes with a pick",
-    "spread": "spread of class counts",
-}
 VOTERS = 5
 # Of the linear probe's weights, in units that do not depend on the encoder (`linear_probe`). On digits (PCA)
 # and CIFAR-10 (SqueezeNet) with 20 to 200 labels within two points of the best of 1e-1 to 1e-5.
@@ -69,7 +57,7 @@ class Ground:
 
 
 def judge(ground: Ground, rows: np.ndarray) -> dict[str, float]:
-    """Judge a selection of rows int64 [m]; returns those of FIGURES that the labels allow.
+    """Judge a selection of rows int64 [m]; returns those of `figures.FIGURES` that the labels allow.
 
     Accuracies are shares of the rows judged, the selection's own left out.
     """

@@ -32,7 +32,7 @@ REJECTED = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason",
 # What people say of images: nothing before training reads it.
 LABELS = pa.schema([("image_id", pa.int64()), ("label", pa.string())])
 SKIPPED = pa.schema([("image_id", pa.int64()), ("uri", pa.string())])
-# How good a selection is: a figure (`evaluation.FIGURES`) of a run and its seed, or of a random draw.
+# How good a selection is: a figure (`figures.FIGURES`) of a run and its seed, or of a random draw.
 EVALUATION = pa.schema(
     [
         ("budget", pa.int64()),

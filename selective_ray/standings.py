@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from selective_ray.evaluation import ACCURACIES, FIGURES
+from selective_ray.figures import FIGURES, deviation, difference, shown
 from selective_ray.judging import Group, Judged
 
-# Figures between 0 and 1.
-SHARES = (*ACCURACIES, "coverage")
 # Classes without a pick that are named.
 MISSING_NAMED = 20
 
@@ -54,11 +52,6 @@ def _names(figures: list[dict[str, float]]) -> list[str]:
 def _numbers(figures: list[dict[str, float]], name: str) -> dict[str, Any]:
     values = [one[name] for one in figures]
     return {"mean": float(np.mean(values)), "std": deviation(values), "values": values}
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Return the standard deviation of a sample, None where that is one value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _without_a_pick(group: Group) -> dict[str, int]:
@@ -139,15 +132,3 @@ def _difference(name: str, group: Group) -> str:
         return ""
     means = (np.mean([one[name] for one in figures]) for figures in (group.picks, group.draws))
     return difference(name, float(np.subtract(*means)))
-
-
-def shown(name: str, mean: float, spread: float | None) -> str:
-    """Write a figure and its standard deviation: shares in percent."""
-    if name in SHARES:
-        return f"{100 * mean:.1f} %" + ("" if spread is None else f" ± {100 * spread:.1f}")
-    return f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
-
-
-def difference(name: str, value: float) -> str:
-    """Write a difference of two figures."""
-    return f"{100 * value:+.1f}" if name in SHARES else f"{value:+.1f}"

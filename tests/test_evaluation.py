@@ -5,7 +5,7 @@ import pytest
 from conftest import unit
 from sklearn.linear_model import LogisticRegression
 
-from selective_ray import evaluation
+from selective_ray import evaluation, figures
 from selective_ray.evaluation import Ground, judge
 from selective_ray.schema import Neighbors
 
@@ -148,11 +148,11 @@ def test_labels_outside_of_the_selection_only_count(blobs, classes):
     """No figure learns from them: of labels that no pick has none is told right."""
     rows = np.arange(0, 300, 13)
     found = judge(ground(blobs, classes), rows)
-    assert list(found) == list(evaluation.FIGURES) and 0.3 < found["linear_probe"] < 1
+    assert list(found) == list(figures.FIGURES) and 0.3 < found["linear_probe"] < 1
     other = classes.copy()
     rest = np.setdiff1d(np.arange(300), rows)
     other[rest] = 4
-    assert all(judge(ground(blobs, other), rows)[name] == 0 for name in evaluation.ACCURACIES)
+    assert all(judge(ground(blobs, other), rows)[name] == 0 for name in figures.ACCURACIES)
 
 
 def test_without_labels_there_is_coverage_alone(blobs):

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from conftest import unit
 from test_cli import ask, content, refused
-from test_report import Made, make
+from test_report import Made, Page, make
 
-from selective_ray import evaluation, labeling
+from selective_ray import evaluation, figures, labeling, report
 from selective_ray.progress import Reporter
 from selective_ray.schema import neighbors_schema
 
@@ -110,7 +110,7 @@ def test_seeds_are_repetitions_and_runs_do_not_change_each_other(world):
         assert only["random"] == group["random"]
         for name, values in only["picks"].items():
             assert values["values"] == [group["picks"][name]["values"][place]]
-    for name in evaluation.FIGURES:
+    for name in figures.FIGURES:
         values = three["picks"][name]["values"]
         assert len(set(values)) > 1 or name == "classes"
         assert three["picks"][name]["mean"] == pytest.approx(np.mean(values))
@@ -131,7 +131,7 @@ def test_a_file_tells_what_folders_tell_for_any_shards(world, tmp_path):
             assert found["selections"] == same["selections"]
     (sampled,) = found["selections"]
     (whole,) = folders["selections"]
-    for name in evaluation.ACCURACIES:
+    for name in figures.ACCURACIES:
         # A third of the images tells about the same.
         assert sampled["picks"][name]["mean"] == pytest.approx(whole["picks"][name]["mean"], abs=0.15)
     assert found["judged"] == 100
@@ -214,7 +214,7 @@ def test_figures_are_kept_and_nothing_else_is_touched(world, tmp_path):
     assert {Path(name).parts[0] for name in after.keys() - before.keys()} == {"evaluation"}
     manifest = made.run.manifest("evaluation")
     table = made.run.read_shard("evaluation", 0)
-    assert manifest.rows == len(table) == (1 + DRAWS) * len(evaluation.FIGURES)
+    assert manifest.rows == len(table) == (1 + DRAWS) * len(figures.FIGURES)
     assert manifest.inputs["selection"] == made.run.manifest("selection").fingerprint
     assert table.filter(pa.compute.is_null(table["draw"]))["run"].unique().to_pylist() == [made.run.uri]
     # Again, and with other labels.
@@ -223,6 +223,50 @@ def test_figures_are_kept_and_nothing_else_is_touched(world, tmp_path):
     judge("--labels", truth(tmp_path / "some.csv", names(world, range(200))), runs=[made])
     assert len(made.run.finished_shards("evaluation")) == 1
     assert made.run.manifest("evaluation").fingerprint != manifest.fingerprint
+
+
+def test_the_report_shows_what_was_found_as_long_as_it_is_of_this_selection(world, tmp_path):
+    made = make(tmp_path / "run", world.x, 16, world.uris)
+    report.write(made.run)
+    without = Page((tmp_path / "run" / "report" / "index.html").read_text())
+    assert "evaluation" not in without.sections
+    (judged,) = judge("--labels", "folders", runs=[made, world.runs[1]])["judged"]
+    (group,) = judged["selections"]
+    found = Page((tmp_path / "run" / "report" / "index.html").read_text())
+    words = found.sections["evaluation"]
+    for which in ("picks", "random"):
+        values = group[which]["linear_probe"]
+        assert f"{100 * values['mean']:.1f} % ± {100 * values['std']:.1f}" in words
+    assert f"{DRAWS}, each of" in words and "those of 2 seeds" in words
+    missing = [name for name, count in group["runs"][0]["class_counts"].items() if count == 0]
+    assert ("Every class has a pick" in words) == (not missing)
+    assert f"No pick is of {', '.join(missing)}." in words or not missing
+    # Two dots of the seeds for every share; the other sections stay as they were.
+    drawn = found.text.split('<section id="evaluation">')[1].split("</section>")[0]
+    assert drawn.count("<circle") == 2 * len(figures.SHARES)
+    assert {name: without.sections[name] for name in without.sections} == {
+        name: words for name, words in found.sections.items() if name != "evaluation"
+    }
+    made.run.write_json(
+        made.run.read_json("selection", "manifest.json") | {"fingerprint": "other"},
+        "selection",
+        "manifest.json",
+    )
+    report.write(made.run)
+    assert "evaluation" not in Page((tmp_path / "run" / "report" / "index.html").read_text()).sections
+
+
+def test_budgets_that_contain_each_other_are_judged_one_by_one(world, tmp_path):
+    made = make(tmp_path / "run", world.x, 16, world.uris)
+    smaller = make(tmp_path / "10", world.x, 10, world.uris)
+    for table in ("clusters", "selection"):
+        (tmp_path / "10" / table).rename(tmp_path / "run" / f"{table}-10")
+    small, large = judge("--labels", "folders", runs=[made])["judged"][0]["selections"]
+    assert (small["budget"], large["budget"]) == (10, 16)
+    rows = np.sort(smaller.selected.rows)
+    expected = accuracy_by_hand(world, rows, np.setdiff1d(np.arange(300), rows))
+    assert small["picks"]["nearest_neighbor"]["values"] == [expected]
+    assert set(made.run.read_shard("evaluation", 0)["budget"].to_pylist()) == {10, 16}
 
 
 def test_runs_of_different_embeddings_are_judged_apart(world, tmp_path):
@@ -242,7 +286,7 @@ def test_a_person_reads_a_table(world):
     assert any(line.endswith("budget 16, seeds 0, 1, 2") for line in lines)
     head = next(line for line in lines if "difference" in line)
     assert "picks" in head and "random, 16" in head
-    for name in evaluation.FIGURES.values():
+    for name in figures.FIGURES.values():
         (line,) = (line for line in lines[lines.index(head) :] if line.startswith(name + " "))
         assert line.count("±") == 2 and ("+" in line or "-" in line)
 
