@@ -27,12 +27,8 @@ from selective_ray.schema import EVALUATION, Neighbors, sq_dist_column
 from selective_ray.store import Run, stage_of
 from selective_ray.truth import Truth
 
-# Images judged at most, unless picks are many: the error of an accuracy is then 0.4 points at most, and the
-# graph of label propagation, whose work grows with the square, is made in seconds.
-SAMPLE = 20_000
-# Draws are taken from the sample: it holds so many times the picks.
+# Draws are taken from the sample: it holds so many times the picks at least.
 SAMPLE_OF_PICKS = 4
-DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -80,12 +76,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class How:
-    """How selections are judged: labels is a file, `folders`, or None for those in the runs."""
+    """How selections are judged: by which labels, a file, `folders`, or None for those in the runs; against
+    how many random draws; on how many images at most, unless picks are many."""
 
-    labels: str | None = None
-    draws: int = DRAWS
-    sample: int = SAMPLE
-    seed: int = 0
+    labels: str | None
+    draws: int
+    sample: int
+    seed: int
 
 
 def evaluate(runs: Sequence[Run], how: How, reporter: Reporter) -> list[Judged]:
@@ -182,7 +179,7 @@ def _judge(selections: list[Selection], how: How, reporter: Reporter) -> Judged:
     if telling:
         judged = sampled if labeled == n else np.isin(image_ids, others)
         reporter.say(f"evaluate: finding the neighbors of {len(x):,} images among each other")
-    sq_radius = _sq_radius(run)
+    sq_radius = _sq_radius(runs)
     graph = evaluation.graph(_neighbors(run, image_ids, x)) if telling else None
     ground = Ground(x, labels, len(true.classes), judged, sampled, sq_radius, graph)
     groups = _groups(selections, ground, image_ids, true, telling, how, reporter)
@@ -245,11 +242,18 @@ def _rows(run: Run, positions: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarr
     return image_ids, np.concatenate(x), np.concatenate(sampled)
 
 
-def _sq_radius(run: Run) -> float:
+def _sq_radius(runs: list[Run]) -> float:
     """Return the median, over all images, of the mean squared distance to the neighbors of `density/`.
 
-    The image itself does not count as its neighbor. With the k-th estimator, the distance of the k-th.
+    Of the first run that has it. The image itself does not count as its neighbor. With the k-th estimator,
+    the distance of the k-th.
     """
+    run = next((run for run in runs if run.manifest("density")), None)
+    if run is None:
+        raise UserError(
+            f"{runs[0].uri} has no finished density, which says what near is; run `selective-ray density` "
+            "on it"
+        )
     manifest = run.manifest("density")
     settings = manifest.what["density"]
     column = sq_dist_column(settings["estimator"])
@@ -385,11 +389,15 @@ def _leave(run: Run, judged: Judged, how: How, seconds: float, reporter: Reporte
                 peak_memory_bytes={"driver": peak_memory()},
                 summary=summary,
             )
-            if run.exists("report", "index.html"):
-                clusters = run.manifest("clusters")
-                report.write(run, seed=clusters.what["seed"] if clusters else 0, say=reporter.say)
     except (UserError, OSError) as error:
-        reporter.warn(f"the figures of {run.uri} were not kept: {error}")
+        reporter.warn(f"the figures of {run.uri} could not be written: {error}")
+        return
+    if run.exists("report", "index.html"):
+        clusters = run.manifest("clusters")
+        try:
+            report.write(run, seed=clusters.what["seed"] if clusters else 0, say=reporter.say)
+        except (UserError, OSError) as error:
+            reporter.warn(f"the report of {run.uri} could not be written again: {error}")
 
 
 def _table(group: Group) -> Iterator[dict[str, Any]]:
