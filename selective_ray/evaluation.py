@@ -7,14 +7,16 @@ known; rows int64 [m], the places of a selection in x. No function learns from a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import faiss
 import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import coo_array, csr_array, dia_array
 from scipy.special import log_softmax
 
+from selective_ray.distances import sq_dists_direct
 from selective_ray.figures import ACCURACIES
-from selective_ray.neighbors import neighbors
 from selective_ray.schema import Neighbors
 
 VOTERS = 5
@@ -55,6 +57,11 @@ class Ground:
     sq_radius: float
     graph: Graph | None
 
+    @cached_property
+    def standard(self) -> np.ndarray:
+        """Return `standard` of x."""
+        return standard(self.x)
+
 
 def judge(ground: Ground, rows: np.ndarray) -> dict[str, float]:
     """Judge a selection of rows int64 [m]; returns those of `figures.FIGURES` that the labels allow.
@@ -62,7 +69,9 @@ def judge(ground: Ground, rows: np.ndarray) -> dict[str, float]:
     Accuracies are shares of the rows judged, the selection's own left out.
     """
     x, labels = ground.x, ground.labels
-    found = {"coverage": coverage(x[ground.covered], x[rows], ground.sq_radius)}
+    near = nearest(x, x[rows], VOTERS)
+    # As ProbCover counts it (Yehuda et al., NeurIPS 2022).
+    found = {"coverage": float((near.sq_dists[ground.covered, 0] <= ground.sq_radius).mean())}
     known = rows[labels[rows] >= 0]
     if not len(known):
         return found
@@ -73,11 +82,14 @@ def judge(ground: Ground, rows: np.ndarray) -> dict[str, float]:
     rest = np.flatnonzero(judged)
     if not len(rest):
         return found
-    near = nearest_labels(x[rest], x[known], labels[known], VOTERS)
+    if len(known) < len(rows):
+        near = nearest(x, x[known], VOTERS)
+    near_labels = labels[known][near.image_ids[rest]]
+    z = ground.standard
     told = {
-        "linear_probe": linear_probe(x[known], labels[known], x, rest),
-        "nearest_neighbor": near[:, 0],
-        "five_neighbors": vote(near),
+        "linear_probe": linear_probe(z[known], labels[known], z[rest]),
+        "nearest_neighbor": near_labels[:, 0],
+        "five_neighbors": vote(near_labels),
     }
     if ground.graph:
         told["label_propagation"] = propagate(ground.graph, known, labels[known])[rest]
@@ -85,66 +97,66 @@ def judge(ground: Ground, rows: np.ndarray) -> dict[str, float]:
     return accuracies | found
 
 
-# Neighbors
-
-
-def nearest_labels(x: np.ndarray, picked: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Return the labels of the k nearest picks of every row, nearest first: int64 [n, min(k, m)].
-
-    On unit rows the order of distances is that of cosines. Ties go to the pick that comes first.
-    """
-    found = neighbors(x, [(np.arange(len(picked)), picked)], min(k, len(picked)))
-    return labels[found.image_ids]
-
-
-def vote(near: np.ndarray) -> np.ndarray:
-    """Return the label that most of each row's neighbors have: near int64 [n, k], nearest first -> [n].
-
-    Of labels with as many votes, the one of the nearest neighbor counts (Cover and Hart, 1967, with k = 5).
-    """
-    votes = sum((near == near[:, [i]]).astype(np.int64) for i in range(near.shape[1]))
-    return near[np.arange(len(near)), votes.argmax(axis=1)]
-
-
-def coverage(x: np.ndarray, picked: np.ndarray, sq_radius: float) -> float:
-    """Return the share of rows that lie within the radius of a pick.
-
-    As ProbCover counts it (Yehuda et al., NeurIPS 2022), with the radius that `judging` takes: the median
-    distance of an image to its neighbors.
-    """
-    found = neighbors(x, [(np.arange(len(picked)), picked)], 1)
-    return float((found.sq_dists[:, 0] <= sq_radius).mean())
-
-
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
     """Count the labels of a selection by class, int64 [classes]."""
     return np.bincount(labels, minlength=classes)
 
 
+# Neighbors
+
+
+def nearest(x: np.ndarray, others: np.ndarray, k: int) -> Neighbors:
+    """Find the min(k, m) nearest of others [m, d] for every row, by their places, nearest first.
+
+    Products find them, in float32: among nearly as far as the last, which one it is depends on the machine.
+    Direct differences measure and order them; ties go to the one that comes first.
+    """
+    k = min(k, len(others))
+    _, found = faiss.knn(np.ascontiguousarray(x), np.ascontiguousarray(others), k)
+    sq_dists = sq_dists_direct(x, np.repeat(np.arange(len(x)), k), others, found.ravel()).reshape(-1, k)
+    order = np.lexsort((found, sq_dists), axis=1)
+    return Neighbors(np.take_along_axis(sq_dists, order, axis=1), np.take_along_axis(found, order, axis=1))
+
+
+def vote(near: np.ndarray) -> np.ndarray:
+    """Return the label that most of each row's neighbors have: near int64 [n, k], nearest first -> [n].
+
+    Of labels with as many votes, the one of the nearest neighbor counts.
+    """
+    votes = sum((near == near[:, [i]]).astype(np.int64) for i in range(near.shape[1]))
+    return near[np.arange(len(near)), votes.argmax(axis=1)]
+
+
 # Linear probe
 
 
-def linear_probe(picked: np.ndarray, labels: np.ndarray, x: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Tell the labels of the rows `asked` of x by logistic regression on the picks: int64 [len(asked)].
+def standard(x: np.ndarray) -> np.ndarray:
+    """Return x [n, d] less its mean, divided by the root of the mean squared distance from it, float32."""
+    centered = x - x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    sq_dist = np.einsum("nd,nd->n", centered, centered).mean(dtype=np.float64)
+    return centered / np.float32(max(np.sqrt(sq_dist), 1e-6))
 
-    Multinomial, with an intercept and an L2 penalty: the weights W and intercepts b minimize
+
+def linear_probe(picked: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Tell the labels of rows [n, d] by logistic regression on the picks [m, d]: int64 [n].
+
+    Both in `standard` units, so that one penalty means the same for every encoder. Multinomial, with an
+    intercept and an L2 penalty: weights W and intercepts b minimize
 
         mean over the picks of cross-entropy(softmax(W z + b), label) + PENALTY / 2 * sum of squares of W
 
-    where z = (x - mean of x) / s and s² is the mean squared distance of x from its mean, so that one
-    penalty means the same for every encoder; it is fixed, as few labels leave none to choose it by (in the
-    words of scikit-learn, C = 1 / (PENALTY · m) on z). Solved by L-BFGS in float64. Of picks of one class
-    only, that class is told.
+    (in the words of scikit-learn, C = 1 / (PENALTY · m)). The penalty is fixed, as few labels leave none to
+    choose it by. Solved by L-BFGS in float64. Of picks of one class only, that class is told.
     """
     classes, target = np.unique(labels, return_inverse=True)
     if len(classes) == 1:
         return np.full(len(asked), classes[0])
-    center = x.mean(axis=0, dtype=np.float64)
-    # The mean of squares less the square of the mean: no copy of x in float64.
-    scale = np.sqrt(max(np.einsum("nd,nd->", x, x, dtype=np.float64) / len(x) - center @ center, 1e-12))
-    # The best weights are sums of picks: few picks need no more dimensions than they are.
-    basis, within = np.linalg.qr(((picked - center) / scale).T)
-    z = within.T
+    z = picked.astype(np.float64)
+    few = len(z) < z.shape[1]
+    if few:
+        # The best weights are sums of picks: they need no more dimensions than picks.
+        basis, within = np.linalg.qr(z.T)
+        z = within.T
     shape = len(classes), z.shape[1] + 1
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
@@ -157,11 +169,11 @@ def linear_probe(picked: np.ndarray, labels: np.ndarray, x: np.ndarray, asked: n
         gradient = np.hstack([slopes.T @ z + PENALTY * weights, slopes.sum(axis=0)[:, None]])
         return value, gradient.ravel()
 
-    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-6}
+    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-5}
     best = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options).x
     weights, intercepts = np.split(best.reshape(shape), [-1], axis=1)
-    full = basis @ weights.T / scale
-    scores = (x[asked] - center.astype(np.float32)) @ full.astype(np.float32) + intercepts.ravel()
+    weights = basis @ weights.T if few else weights.T
+    scores = asked @ weights.astype(np.float32) + intercepts.ravel()
     return classes[scores.argmax(axis=1)]
 
 
@@ -170,8 +182,7 @@ def linear_probe(picked: np.ndarray, labels: np.ndarray, x: np.ndarray, asked: n
 
 def graph_neighbors(x: np.ndarray) -> Neighbors:
     """Find the GRAPH_NEIGHBORS nearest other rows of every row, by their places."""
-    rows = np.arange(len(x))
-    return neighbors(x, [(rows, x)], min(GRAPH_NEIGHBORS + 1, len(x))).without(rows)
+    return nearest(x, x, GRAPH_NEIGHBORS + 1).without(np.arange(len(x)))
 
 
 def graph(found: Neighbors) -> Graph:

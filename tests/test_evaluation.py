@@ -34,21 +34,29 @@ def classes(blobs):
 
 def test_neighbors_by_hand():
     picked, labels = angles(0, 10, 40, 50, 60), np.array([7, 7, 3, 3, 5])
-    near = evaluation.nearest_labels(angles(21, 29, 90), picked, labels, 5)
+    near = labels[evaluation.nearest(angles(21, 29, 90), picked, 5).image_ids]
     # 10, 40, 0, 50, 60; 40, 10, 50, 0, 60; 60, 50, 40, 10, 0.
     assert near.tolist() == [[7, 3, 7, 3, 5], [3, 7, 3, 7, 5], [5, 3, 3, 7, 7]]
     # Two votes each: the nearest of these labels counts.
     assert evaluation.vote(near).tolist() == [7, 3, 3]
     assert evaluation.vote(near[:, :1]).tolist() == near[:, 0].tolist()
-    assert evaluation.nearest_labels(angles(1), picked[:2], labels[:2], 5).shape == (1, 2)
+    found = evaluation.nearest(angles(1), picked[:2], 5)
+    assert found.image_ids.tolist() == [[0, 1]]
+    assert found.sq_dists[0] == pytest.approx(2 - 2 * np.cos(np.deg2rad([1, 9])), abs=1e-6)
+
+
+def test_of_equal_picks_the_first_is_the_nearest():
+    found = evaluation.nearest(angles(3, 5), angles(7, 3, 3, 7), 4)
+    assert found.image_ids.tolist()[0] == [1, 2, 0, 3] and (found.sq_dists[0, :2] == 0).all()
 
 
 def test_coverage_by_hand():
     x = angles(0, 10, 20, 90, 180)
+    labels = np.zeros(5, np.int64)
     chord = 2 - 2 * np.cos(np.deg2rad(10.001))
-    assert evaluation.coverage(x, angles(10), chord) == 3 / 5
-    assert evaluation.coverage(x, angles(10, 90), chord) == 4 / 5
-    assert evaluation.coverage(x, x, 0.0) == 1
+    for rows, radius, expected in (([1], chord, 3 / 5), ([1, 3], chord, 4 / 5), (range(5), 0.0, 1)):
+        found = judge(ground(x, labels, sq_radius=radius), np.array(rows))
+        assert found["coverage"] == expected
 
 
 # Linear probe
@@ -65,22 +73,25 @@ def test_linear_probe_is_the_logistic_regression_of_scikit_learn(blobs, classes,
     oracle = LogisticRegression(C=1 / (evaluation.PENALTY * m), tol=1e-10, max_iter=100_000)
     oracle.fit(z[rows], classes[rows])
     expected = oracle.predict(z)
-    told = evaluation.linear_probe(x[rows], classes[rows], x, np.arange(len(x)))
+    ours = evaluation.standard(x)
+    assert ours == pytest.approx(z, abs=1e-5)
+    told = evaluation.linear_probe(ours[rows], classes[rows], ours)
     assert len(np.unique(expected)) > 2
     assert (told == expected).all()
 
 
 def test_linear_probe_is_the_same_for_any_scale_of_the_encoder(blobs, classes):
-    rows, every = np.arange(0, 300, 9), np.arange(300)
+    rows = np.arange(0, 300, 9)
     near = unit(100 * np.eye(8)[3] + blobs)
     far = unit(10_000 * np.eye(8)[3] + blobs)
-    first, second = (evaluation.linear_probe(x[rows], classes[rows], x, every) for x in (near, far))
+    z = [evaluation.standard(x) for x in (near, far)]
+    first, second = (evaluation.linear_probe(x[rows], classes[rows], x) for x in z)
     # Both are plain shifts of the same cloud, a hundred times smaller.
     assert (first == second).mean() > 0.98
 
 
 def test_linear_probe_of_one_class_tells_that(blobs):
-    assert set(evaluation.linear_probe(blobs[:3], np.array([2, 2, 2]), blobs, np.arange(9))) == {2}
+    assert set(evaluation.linear_probe(blobs[:3], np.array([2, 2, 2]), blobs)) == {2}
 
 
 # Label propagation
@@ -159,3 +170,13 @@ def test_without_labels_there_is_coverage_alone(blobs):
     labels = np.full(300, -1)
     blind = Ground(blobs, labels, 0, labels < 0, labels < 0, 0.2, None)
     assert list(judge(blind, np.arange(9))) == ["coverage"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neither_the_order_of_rows_nor_the_names_of_classes_matter(blobs, classes, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(300, 24, replace=False)
+    order, renamed = rng.permutation(300), rng.permutation(4)
+    shuffled = np.argsort(order)[rows]
+    other = judge(ground(blobs[order], renamed[classes][order]), rng.permutation(shuffled))
+    assert other == pytest.approx(judge(ground(blobs, classes), rows), abs=1e-12)

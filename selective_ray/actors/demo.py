@@ -11,7 +11,7 @@ from PIL import Image
 from selective_ray import config
 from selective_ray.actors import pipeline
 from selective_ray.errors import UserError
-from selective_ray.evaluation import nearest_labels
+from selective_ray.evaluation import nearest
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
@@ -94,4 +94,5 @@ def _counts(labels: np.ndarray, rows: np.ndarray) -> list[int]:
 def _accuracy(x: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
     """Share of all other images whose nearest labeled image has their label."""
     rest = np.setdiff1d(np.arange(len(x)), rows)
-    return float((nearest_labels(x[rest], x[rows], labels[rows], 1)[:, 0] == labels[rest]).mean())
+    told = labels[rows][nearest(x[rest], x[rows], 1).image_ids[:, 0]]
+    return float((told == labels[rest]).mean())
