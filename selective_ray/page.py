@@ -263,7 +263,7 @@ the embeddings. """
     return f"""<p>{classifiers}Coverage is the share of images that have a pick as near as images have
 neighbors.{repeated}{against} Numbers are means and standard deviations.</p>
 <div class="split">{chart}
-{_table(("", "picks", "random", "difference"), rows)}</div>
+{table(("", "picks", "random", "difference"), rows)}</div>
 {_class_counts(e)}"""
 
 
@@ -279,7 +279,7 @@ def _class_counts(e: Evaluation) -> str:
     return f"""<p>{without} ({_amount(e.labeled, "image")} of this run {"has" if e.labeled == 1 else "have"} a
 label.)</p>
 <details{" open" if len(counts) <= 12 else ""}><summary>Picks by class</summary>
-{_table(("Class", "Picks"), rows)}</details>"""
+{table(("Class", "Picks"), rows)}</details>"""
 
 
 def _map(facts: Facts, pictures: dict[int, Picture], map_rows: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import unit
+from sklearn.datasets import load_digits
 from test_cli import ask, content, refused
 from test_report import Made, Page, make
 
@@ -329,3 +330,30 @@ def test_what_is_not_finished_or_given_twice_is_refused(world, tmp_path):
         made.run.delete(table, "manifest.json")
         assert f"no finished {table}" in refused(1, "evaluate", "--run", made.run.uri)
     assert "--draws" in refused(2, "evaluate", "--run", run, "--draws", 1)
+
+
+def test_real_runs_on_digits(two_cpus, tmp_path):
+    """Two seeds through every stage, the second on the first one's embeddings; USL is better than chance."""
+    digits = load_digits()
+    x, labels = digits.data[:800] - digits.data.mean(axis=0), digits.target[:800]
+    np.save(tmp_path / "x.npy", x)
+    first, second = tmp_path / "0", tmp_path / "1"
+    options = ("--budget", 30, "--set", "density.keep_neighbors=true", "--set", "resources.shard_rows=300")
+    for source, run, seed in ((tmp_path / "x.npy", first, 0), (first, second, 1)):
+        done = ask("select", "--embeddings", source, "--run", run, "--seed", seed, *options)
+        assert done.exit_code == 0, done.stderr
+    lines = [f"{tmp_path / 'x.npy'}#{i},{label}" for i, label in enumerate(labels)]
+    (tmp_path / "truth.csv").write_text("\n".join(["uri,label", *lines]))
+    words = ("--run", first, "--run", second, "--labels", tmp_path / "truth.csv", "--json")
+    result = ask("evaluate", *words)
+    assert result.exit_code == 0, result.stderr or result.exception
+    (judged,) = json.loads(result.stdout)["judged"]
+    (group,) = judged["selections"]
+    assert (judged["images"], judged["labeled"], judged["classes"]) == (800, 800, 10)
+    assert [run["seed"] for run in group["runs"]] == [0, 1]
+    for name in (*figures.SHARES, "classes"):
+        assert group["picks"][name]["mean"] > group["random"][name]["mean"], name
+    for run in (first, second):
+        assert "evaluation" in Page((run / "report" / "index.html").read_text()).sections
+    done = ask("select", "--embeddings", first, "--run", second, "--seed", 1, *options)
+    assert done.exit_code == 0 and "nothing to do" in done.stdout
