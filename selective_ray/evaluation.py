@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.sparse import coo_array, csr_array, dia_array
 from scipy.special import log_softmax
 
-from selective_ray.distances import sq_dists_direct
+from selective_ray.distances import blocks, sq_dists_direct
 from selective_ray.figures import ACCURACIES
 from selective_ray.schema import Neighbors
 
@@ -173,8 +173,9 @@ def linear_probe(picked: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> n
     best = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options).x
     weights, intercepts = np.split(best.reshape(shape), [-1], axis=1)
     weights = basis @ weights.T if few else weights.T
-    scores = asked @ weights.astype(np.float32) + intercepts.ravel()
-    return classes[scores.argmax(axis=1)]
+    weights, intercepts = weights.astype(np.float32), intercepts.ravel()
+    parts = blocks(len(asked), len(classes))
+    return classes[np.concatenate([(asked[part] @ weights + intercepts).argmax(axis=1) for part in parts])]
 
 
 # Label propagation
@@ -212,11 +213,25 @@ def propagate(graph: Graph, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Learning with Local and Global Consistency, NIPS 2004). Y is 0 but at (row, its label); there it is 1 /
     the sum of the weights of the rows with this label. The paper has 1: then far from all labels the class
     with the most of them wins, as each ends up with what it began with. (On the sets of `PENALTY` equal
-    shares told 1 to 13 points more.) By conjugate gradients, all classes at once.
+    shares told 1 to 13 points more.)
     """
     classes, target = np.unique(labels, return_inverse=True)
-    y = np.zeros((len(graph.weights), len(classes)))
-    y[rows, target] = (1 / np.bincount(target, graph.weights[rows]))[target]
+    n = len(graph.weights)
+    each = (1 / np.bincount(target, graph.weights[rows]))[target]
+    most, told = np.zeros(n), np.full(n, -1)
+    for part in blocks(len(classes), n):
+        here = np.flatnonzero((part.start <= target) & (target < part.stop))
+        y = np.zeros((n, part.stop - part.start))
+        y[rows[here], target[here] - part.start] = each[here]
+        z = _solve(graph.affinities, y)
+        largest = z.max(axis=1)
+        told = np.where(largest > most, classes[part][z.argmax(axis=1)], told)
+        most = np.maximum(largest, most)
+    return told
+
+
+def _solve(s: csr_array, y: np.ndarray) -> np.ndarray:
+    """Solve (I - DIFFUSION · S) Z = Y by conjugate gradients, all columns at once: float64 [n, c]."""
     z, residual, direction = np.zeros_like(y), y.copy(), y.copy()
     size = (y**2).sum(axis=0)
     goal = RESIDUAL**2 * size
@@ -224,12 +239,10 @@ def propagate(graph: Graph, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for _ in range(1000):
         if (size <= goal).all():
             break
-        moved = direction - DIFFUSION * (graph.affinities @ direction)
+        moved = direction - DIFFUSION * (s @ direction)
         step = size / np.maximum((direction * moved).sum(axis=0), 1e-300)
         z += step * direction
         residual -= step * moved
         before, size = size, (residual**2).sum(axis=0)
         direction = residual + size / np.maximum(before, 1e-300) * direction
-    told = classes[z.argmax(axis=1)]
-    told[z.max(axis=1) <= 0] = -1
-    return told
+    return z

@@ -172,6 +172,8 @@ def _judge(selections: list[Selection], how: How, reporter: Reporter) -> Judged:
         others = np.setdiff1d(true.image_ids, picked)
         others = np.sort(rng.choice(others, size, replace=False)) if size < len(others) else others
     telling = _telling(true, labeled, n, len(others), how, reporter)
+    sq_radius = _sq_radius(runs)
+    asked = {one.fingerprint: _asked(one, true, telling, reporter) for one in selections}
     reporter.say(f"evaluate: reading {size + len(others) + len(picked):,} of {n:,} embeddings")
     image_ids, x, sampled = _rows(run, positions, np.union1d(picked, others))
     labels = true.of(run, image_ids)
@@ -179,10 +181,10 @@ def _judge(selections: list[Selection], how: How, reporter: Reporter) -> Judged:
     if telling:
         judged = sampled if labeled == n else np.isin(image_ids, others)
         reporter.say(f"evaluate: finding the neighbors of {len(x):,} images among each other")
-    sq_radius = _sq_radius(runs)
     graph = evaluation.graph(_neighbors(run, image_ids, x)) if telling else None
     ground = Ground(x, labels, len(true.classes), judged, sampled, sq_radius, graph)
-    groups = _groups(selections, ground, image_ids, true, telling, how, reporter)
+    rows = {key: np.searchsorted(image_ids, ids) for key, ids in asked.items()}
+    groups = _groups(selections, rows, ground, true.classes, telling, how, reporter)
     return Judged(
         *(run.manifest("embeddings").fingerprint, n, size, int(judged.sum()), math.sqrt(sq_radius)),
         *(true, labeled, groups),
@@ -210,6 +212,23 @@ def _telling(true: Truth, labeled: int, n: int, others: int, how: How, reporter:
         "accuracy, give true labels of many images with --labels FILE, or --labels folders"
     )
     return False
+
+
+def _asked(selection: Selection, true: Truth, telling: bool, reporter: Reporter) -> np.ndarray:
+    """Return the picks that are judged, int64 [p]: those that have a label, where labels tell."""
+    picks = selection.image_ids
+    known = picks[true.of(selection.run, picks) >= 0] if telling else picks
+    if not len(known):
+        raise UserError(
+            f"{true.source} labels none of the {len(picks):,} picks of {selection.run.uri}; give their "
+            "labels too"
+        )
+    if len(known) < len(picks):
+        reporter.warn(
+            f"{len(known):,} of the {len(picks):,} picks of {selection.run.uri} are labeled: only they are "
+            "judged, against draws of as many"
+        )
+    return known
 
 
 def _rows(run: Run, positions: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -289,32 +308,17 @@ def _neighbors(run: Run, image_ids: np.ndarray, x: np.ndarray) -> Neighbors:
 
 def _groups(
     selections: list[Selection],
+    rows: dict[str, np.ndarray],
     ground: Ground,
-    image_ids: np.ndarray,
-    true: Truth,
+    classes: list[str],
     telling: bool,
     how: How,
     reporter: Reporter,
 ) -> list[Group]:
-    """Judge every selection, and for every size of one as many random draws."""
+    """Judge every selection by its rows, and for every size of one as many random draws."""
     kinds: dict[str, list[Selection]] = {}
     for selection in selections:
         kinds.setdefault(selection.kind, []).append(selection)
-    rows = {}
-    for selection in selections:
-        found = np.searchsorted(image_ids, selection.image_ids)
-        known = found[ground.labels[found] >= 0] if telling else found
-        if not len(known):
-            raise UserError(
-                f"{true.source} labels none of the {len(found):,} picks of {selection.run.uri}; give their "
-                "labels too"
-            )
-        if len(known) < len(found):
-            reporter.warn(
-                f"{len(known):,} of the {len(found):,} picks of {selection.run.uri} are labeled: only they "
-                "are judged, against draws of as many"
-            )
-        rows[selection.fingerprint] = known
     sizes = sorted({len(known) for known in rows.values()})
     # What is drawn has no labels that can be trusted to be a fair sample, unless they tell.
     blind = ground if telling else replace(ground, labels=np.full(len(ground.x), -1))
@@ -327,8 +331,8 @@ def _groups(
             possible = size + (2 if telling else 0) <= len(pool)
             if not possible:
                 reporter.warn(
-                    f"{len(pool):,} labeled images besides the picks are too few for random draws of "
-                    f"{size:,}; give --labels for more"
+                    f"there are no random draws of {size:,}: {len(pool):,} labeled images may be drawn, and "
+                    "two must be left to judge by; give --labels for more images"
                 )
             drawn[size] = []
             for _ in range(how.draws if possible else 0):
@@ -342,7 +346,7 @@ def _groups(
                 picks.append(evaluation.judge(ground, mine))
                 codes = ground.labels[mine]
                 counted = evaluation.class_counts(codes[codes >= 0], ground.classes).tolist()
-                counts.append(dict(zip(true.classes, counted, strict=True)))
+                counts.append(dict(zip(classes, counted, strict=True)))
                 bar.advance(1)
             own = tuple(sorted({len(rows[selection.fingerprint]) for selection in some}))
             groups.append(Group(some, picks, [one for size in own for one in drawn[size]], own, counts))

@@ -36,6 +36,11 @@ def as_json(found: Iterable[Judged]) -> list[dict[str, Any]]:
                     "budget": group.selections[0].budget,
                     "picks": {name: _numbers(group.picks, name) for name in _names(group.picks)},
                     "random": {name: _numbers(group.draws, name) for name in _names(group.draws)},
+                    "difference": {
+                        name: _difference(name, group)
+                        for name in _names(group.draws)
+                        if name in group.picks[0]
+                    },
                     "without_a_pick": _without_a_pick(group),
                 }
                 for group in judged.groups
@@ -87,7 +92,7 @@ def _head(judged: Judged) -> Iterator[str]:
     yield f"images     {judged.images:,}, {part}"
     if judged.labeled:
         classes = f"{len(judged.truth.classes):,} classes, from {judged.truth.source}"
-        told = f"; {judged.judged:,} are told from those of picks" if judged.judged else ""
+        told = f"; accuracy on {judged.judged:,} images, picks left out" if judged.judged else ""
         yield f"labels     {judged.labeled:,} in {classes}{told}"
     yield f"coverage   images with a pick within {judged.radius:.3f}, the median distance to neighbors"
     for letter, group in zip(_letters(judged), judged.groups, strict=True):
@@ -109,7 +114,7 @@ def _grid(judged: Judged) -> Iterator[str]:
     for letter, group in zip(_letters(judged), judged.groups, strict=True):
         columns.append([letter or "picks", *(_cell(name, group.picks) for name in FIGURES)])
         if group.draws:
-            columns.append(["difference", *(_difference(name, group) for name in FIGURES)])
+            columns.append(["difference", *(_apart(name, group) for name in FIGURES)])
     for sizes, draws in {group.sizes: group.draws for group in judged.groups if group.draws}.items():
         head = f"random, {' or '.join(f'{size:,}' for size in sizes)}"
         columns.append([head, *(_cell(name, draws) for name in FIGURES)])
@@ -127,8 +132,11 @@ def _cell(name: str, figures: list[dict[str, float]]) -> str:
     return shown(name, float(np.mean(values)), deviation(values))
 
 
-def _difference(name: str, group: Group) -> str:
-    if name not in _names(group.picks) or name not in _names(group.draws):
-        return ""
+def _apart(name: str, group: Group) -> str:
+    both = name in _names(group.picks) and name in _names(group.draws)
+    return difference(name, _difference(name, group)) if both else ""
+
+
+def _difference(name: str, group: Group) -> float:
     means = (np.mean([one[name] for one in figures]) for figures in (group.picks, group.draws))
-    return difference(name, float(np.subtract(*means)))
+    return float(np.subtract(*means))

@@ -5,7 +5,7 @@ import pytest
 from conftest import unit
 from sklearn.linear_model import LogisticRegression
 
-from selective_ray import evaluation, figures
+from selective_ray import distances, evaluation, figures
 from selective_ray.evaluation import Ground, judge
 from selective_ray.schema import Neighbors
 
@@ -114,7 +114,9 @@ def dense(found: Neighbors, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.linalg.solve(np.eye(n) - 0.99 * s, y)
 
 
-def test_label_propagation_is_the_dense_solution(blobs, classes):
+@pytest.mark.parametrize("classes_at_once", [4, 2, 1])
+def test_label_propagation_is_the_dense_solution(blobs, classes, classes_at_once, monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK_PRODUCTS", 300 * classes_at_once)
     found = evaluation.graph_neighbors(blobs)
     assert found.image_ids.shape == (300, 15) and not (found.image_ids == np.arange(300)[:, None]).any()
     rows = np.random.default_rng(3).choice(300, 20, replace=False)

@@ -199,7 +199,7 @@ def test_where_some_are_labeled_only_they_are_judged_and_no_picks(world, tmp_pat
     found = judge("--labels", few, runs=[made])
     (group,) = found["judged"][0]["selections"]
     assert group["random"] == {} and group["picks"]["nearest_neighbor"]["mean"] >= 0
-    assert "10 labeled images" in found["warnings"][0]
+    assert "10 labeled images" in found["warnings"][0] and "draws of 16" in found["warnings"][0]
 
 
 # What is left, and what is said
