@@ -119,9 +119,12 @@ def test_seeds_are_repetitions_and_runs_do_not_change_each_other(world):
 
 
 def test_a_file_tells_what_folders_tell_for_any_shards(world, tmp_path):
-    file = truth(tmp_path / "truth.csv", names(world, range(300)))
+    by_id = truth(tmp_path / "ids.csv", names(world, range(300)))
+    by_uri = tmp_path / "uris.jsonl"
+    said = ({"uri": uri, "label": NAMES[c]} for uri, c in zip(world.uris, world.labels, strict=True))
+    by_uri.write_text("\n".join(map(json.dumps, said)))
     (folders,) = judge("--labels", "folders", runs=world.runs[:1])["judged"]
-    for shard_rows in (300, 37):
+    for shard_rows, file in ((300, by_id), (37, by_uri)):
         made = make(tmp_path / str(shard_rows), world.x, 16, world.uris, shard_rows=shard_rows)
         for sample in (300, 100):
             (found,) = judge("--labels", file, "--sample", sample, runs=[made])["judged"]
