@@ -41,7 +41,7 @@ class Truth:
     def of(self, run: Run, image_ids: np.ndarray) -> np.ndarray:
         """Return the codes of some images, int64, -1 where there is none."""
         if self.image_ids is None:
-            return pc.index_in(_folders(run.listed(image_ids)["uri"]), pa.array(self.classes)).to_numpy()
+            return pc.index_in(folders(run.listed(image_ids)["uri"]), pa.array(self.classes)).to_numpy()
         if not len(self.image_ids):
             return np.full(len(image_ids), -1)
         place = np.searchsorted(self.image_ids, image_ids).clip(max=len(self.image_ids) - 1)
@@ -100,7 +100,7 @@ def _by_folder(run: Run) -> Truth:
     for shard in run.manifest("images").shards:
         rows = run.read_shard("images", shard.index, ["image_id", "uri"])
         rows = rows.filter(pc.invert(pc.is_in(rows["image_id"], out)))
-        for one in pc.value_counts(_folders(rows["uri"])).to_pylist():
+        for one in pc.value_counts(folders(rows["uri"])).to_pylist():
             counts[one["values"]] += one["counts"]
     missing = counts.pop(None, 0)
     if len(counts) < 2 or missing:
@@ -112,5 +112,6 @@ def _by_folder(run: Run) -> Truth:
     return Truth("the names of folders", FOLDERS, sorted(counts), None, np.empty(0, np.int64))
 
 
-def _folders(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+def folders(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the names of the folders that images are in; null for one in none."""
     return pc.struct_field(pc.extract_regex(uris, _FOLDER), "folder")

@@ -13,6 +13,7 @@ from test_cli import ask, content, refused
 from test_report import Made, Page, make
 
 from selective_ray import evaluation, figures, labeling, report
+from selective_ray import truth as truths
 from selective_ray.progress import Reporter
 from selective_ray.schema import neighbors_schema
 
@@ -160,6 +161,19 @@ def test_kept_neighbors_are_taken_and_make_no_difference(world, tmp_path):
         patch.setattr(evaluation, "graph_neighbors", lambda x: pytest.fail("they are there"))
         made.run.finish("neighbors", shards, seconds=0, peak_memory_bytes={}, summary={})
         assert judge("--labels", "folders", runs=[made])["judged"] == before
+
+
+def test_a_folder_is_the_last_one_inside_of_an_archive_or_around_it():
+    uris = {
+        "/data/train/cat/1.png": "cat",
+        "s3://bucket/dog/x#1.png": "dog",
+        "s3://bucket/a/part-0.tar#cat/1.png": "cat",
+        "s3://bucket/a/part-0.tar#train/hot dog/1.png": "hot dog",
+        "s3://bucket/bird/part-0.tar#000.png": "bird",
+        "s3://bucket/bird/part-0.parquet#12": "bird",
+        "alone.png": None,
+    }
+    assert truths.folders(pa.chunked_array([list(uris)])).to_pylist() == list(uris.values())
 
 
 # Some labels are known
