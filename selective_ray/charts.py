@@ -46,6 +46,15 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """A share as the picks of some seeds have it [p], and random draws [q]."""
+
+    name: str
+    picks: np.ndarray
+    drawn: np.ndarray
+
+
+@dataclass(frozen=True)
 class Scatter:
     """Positions on the two main axes: a sample of rows [s, 2] and of picks [p, 2], which are `which` [p]."""
 
@@ -137,6 +146,37 @@ def curves(c: Coverage) -> str:
         drawing,
         '<span class="key random"></span>random draws: mean, lowest and highest '
         '<span class="key line"></span>picks',
+    )
+
+
+def strips(some: list[Strip]) -> str:
+    """Shares in lines below each other: of random draws as a band with their mean, of the picks as dots."""
+    line = 38
+    height = TOP + line * len(some) + BOTTOM
+    every = 100 * np.concatenate([np.concatenate([strip.picks, strip.drawn]) for strip in some])
+    x = _axis(max(0.0, float(every.min()) - 2), min(100.0, float(every.max()) + 2), False)
+    drawing = []
+    for i, strip in enumerate(some):
+        y = TOP + line * (i + 0.6)
+        drawing.append(f'<text x="{LEFT}" y="{y - 10:.1f}">{strip.name}</text>')
+        if len(strip.drawn):
+            low, high, mean = (x(100 * float(f(strip.drawn))) for f in (np.min, np.max, np.mean))
+            drawing.append(
+                f'<rect class="band" x="{low:.1f}" y="{y - 5:.1f}" width="{high - low:.1f}" height="10"/>'
+                f'<path class="random" d="M{mean:.1f} {y - 7:.1f}v14"/>'
+            )
+        dots = "".join(f'<circle cx="{x(100 * float(v)):.1f}" cy="{y:.1f}" r="4"/>' for v in strip.picks)
+        drawing.append(f'<g class="marks">{dots}</g>')
+    ticks = _ticks(float(every.min()), float(every.max()), 6)
+    return _chart(
+        height,
+        x,
+        ticks,
+        "percent",
+        [],
+        "".join(drawing),
+        '<span class="key random"></span>random draws: mean, lowest and highest '
+        '<span class="key mark"></span>picks',
     )
 
 

@@ -51,11 +51,11 @@ def bring_labels(run: Run, file: str, *, replace: bool, reporter: Reporter) -> d
         raise UserError(
             f"{run.uri} has no finished listing of images; run `selective-ray select` on it first"
         )
-    kind, found = label_files.parse(_bytes(file, run.access), file)
+    kind, found = label_files.parse(read_file(file, run.access), file)
     if not found:
         raise UserError(f"{file} names no images; export the labels again")
     selection = selected(run)
-    image_ids = _identified(run, found, selection, file)
+    image_ids = identified(run, found, selection, file)
     brought = labels.gather(image_ids, found, file)
     if not brought.labels and not brought.skipped:
         raise UserError(
@@ -90,7 +90,8 @@ def bring_labels(run: Run, file: str, *, replace: bool, reporter: Reporter) -> d
     }
 
 
-def _bytes(file: str, access: Access) -> bytes:
+def read_file(file: str, access: Access) -> bytes:
+    """Return the bytes of a file of labels; raises UserError where it is not there or too large."""
     try:
         size, _ = objects.version(file, access)
         if size > label_files.MAX_BYTES:
@@ -102,7 +103,7 @@ def _bytes(file: str, access: Access) -> bytes:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); check the path") from None
 
 
-def _identified(run: Run, said: list[Answer], selection: pa.Table, file: str) -> list[int]:
+def identified(run: Run, said: list[Answer], selection: pa.Table, file: str) -> list[int]:
     """Return the image id that each answer is about; raises UserError where that is not one image."""
     n, stamp = run.manifest("images").rows, stamp_of(run)
     names = {answer.uri for answer in said if answer.image_id is None}

@@ -18,13 +18,16 @@ from selective_ray.charts import (
     Coverage,
     Histogram,
     Scatter,
+    Strip,
     course,
     curves,
     dots,
     histogram,
     number,
     percent,
+    strips,
 )
+from selective_ray.figures import FIGURES, SHARES, deviation, difference, shown
 from selective_ray.store import Manifest, stage_of
 
 NAME, URI, VALUE = 64, 1_000, 200
@@ -64,6 +67,20 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """How the picks do by true labels: values of each figure, of the picks of some seeds and of random draws.
+
+    class_counts: the picks of each class. judged, labeled: on how many images, of how many with a label.
+    """
+
+    picks: dict[str, np.ndarray]
+    drawn: dict[str, np.ndarray]
+    class_counts: dict[str, int]
+    judged: int
+    labeled: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything the page says but for the pictures."""
 
@@ -76,6 +93,7 @@ class Facts:
     coverage: Coverage
     scatter: Scatter
     rejected: Rejected
+    evaluation: Evaluation | None = None
 
     @property
     def images(self) -> int:
@@ -98,6 +116,11 @@ def render(facts: Facts, pictures: dict[int, Picture], *, map_rows: int) -> str:
         ("summary", "What was done", _summary(facts)),
         ("picks", f"The {'pick' if m == 1 else 'picks'}", _grid(facts, pictures)),
         ("coverage", "How near the images are to a pick", _coverage(facts)),
+        *(
+            [("evaluation", "What the picks tell of the rest", _evaluation(facts.evaluation))]
+            if facts.evaluation
+            else []
+        ),
         ("map", "Map", _map(facts, pictures, map_rows)),
         ("density", "Density", _density(facts)),
         ("clusters", "Cluster sizes", _cluster_sizes(facts)),
@@ -110,7 +133,9 @@ def render(facts: Facts, pictures: dict[int, Picture], *, map_rows: int) -> str:
         f'<section id="{key}"><h2>{escape(title)}</h2>\n{content}\n</section>'
         for key, title, content in sections
     ]
-    body = "\n".join([*drawn[:4], f'<div class="pair">{drawn[4]}\n{drawn[5]}</div>', *drawn[6:]])
+    first = [key for key, *_ in sections].index("density")
+    beside = "\n".join(drawn[first : first + 2])
+    body = "\n".join([*drawn[:first], f'<div class="pair">{beside}</div>', *drawn[first + 2 :]])
     title = f"{_amount(m, 'image')} selected of {facts.images:,}"
     return document(title, f"<nav>{links}</nav>", body)
 
@@ -213,6 +238,48 @@ between unit vectors: 0 is the same, 1.41 is unrelated, 2 is the opposite.</p>
 {table(("", "to a pick", "to a random image"), rows)}</div>
 <p class="note">{everything} {c.rows:,} images{source}, against {picks} and {len(c.drawn_distances)} draws of
 {c.picks:,} images.</p>"""
+
+
+def _evaluation(e: Evaluation) -> str:
+    told = [name for name in SHARES if name in e.picks]
+    seeds = len(next(iter(e.picks.values())))
+    draws = len(next(iter(e.drawn.values()))) if e.drawn else 0
+    rows = []
+    for name, title in FIGURES.items():
+        if name in e.picks:
+            both = [values[name] for values in (e.picks, e.drawn) if name in values]
+            cells = [shown(name, float(values.mean()), deviation(values)) for values in both]
+            apart = difference(name, float(both[0].mean() - both[1].mean())) if len(both) == 2 else ""
+            rows.append((escape(title), cells[0], *(cells[1:] or [""]), apart))
+    classifiers = (
+        f"""Classifiers that know the labels of the picks only told those of {_amount(e.judged, "image")} from
+the embeddings. """
+        if e.judged
+        else ""
+    )
+    repeated = f" The picks are those of {seeds} seeds, this run among them." if seeds > 1 else ""
+    against = f" The random draws are {draws}, each of as many images as there are picks." if draws else ""
+    chart = strips([Strip(FIGURES[name], e.picks[name], e.drawn.get(name, np.empty(0))) for name in told])
+    return f"""<p>{classifiers}Coverage is the share of images that have a pick as near as images have
+neighbors.{repeated}{against} Numbers are means and standard deviations.</p>
+<div class="split">{chart}
+{table(("", "picks", "random", "difference"), rows)}</div>
+{_class_counts(e)}"""
+
+
+def _class_counts(e: Evaluation) -> str:
+    if not e.class_counts:
+        return ""
+    missing = [name for name, count in e.class_counts.items() if not count]
+    names = ", ".join(_text(name, NAME) for name in missing[:ROWS_SHOWN])
+    more = f" and {len(missing) - ROWS_SHOWN:,} more" if len(missing) > ROWS_SHOWN else ""
+    without = f"No pick is of {names}{more}." if missing else "Every class has a pick."
+    counts = sorted(e.class_counts.items(), key=lambda item: (-item[1], item[0]))
+    rows = [(_text(name, NAME), f"{count:,}") for name, count in counts[:ROWS_SHOWN]]
+    return f"""<p>{without} ({_amount(e.labeled, "image")} of this run {"has" if e.labeled == 1 else "have"} a
+label.)</p>
+<details{" open" if len(counts) <= 12 else ""}><summary>Picks by class</summary>
+{table(("Class", "Picks"), rows)}</details>"""
 
 
 def _map(facts: Facts, pictures: dict[int, Picture], map_rows: int) -> str:

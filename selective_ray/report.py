@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from selective_ray import charts, images, page, reading
 from selective_ray.distances import blocks, sq_dists_direct
@@ -74,6 +75,7 @@ def write(
         coverage=coverage,
         scatter=scatter,
         rejected=_rejected(run, stages["rejected"]),
+        evaluation=_evaluation(run, stages["selection"]),
     )
     shown = pictured(picks.cluster_sizes, seed, PICTURES)
     say(f"report: shrinking {len(shown)} images")
@@ -365,6 +367,29 @@ def principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     total = (centered**2).sum()
     share = ((centered @ axes) ** 2).sum(axis=0) / total if total > 0 else np.zeros(2)
     return center, axes, share
+
+
+# The evaluation
+
+
+def _evaluation(run: Run, selection: Manifest) -> page.Evaluation | None:
+    """Read what was found by true labels; None where that was not asked for, or was another selection."""
+    manifest = run.manifest("evaluation")
+    if manifest is None or manifest.inputs.get("selection") != selection.fingerprint:
+        return None
+    rows = pa.concat_tables(run.read_shard("evaluation", shard.index) for shard in manifest.shards)
+    rows = rows.filter(pc.equal(rows["budget"], selection.rows))
+    drawn = pc.is_valid(rows["draw"])
+    picks, draws = (
+        {
+            figure: part.filter(pc.equal(part["figure"], figure))["value"].to_numpy()
+            for figure in part["figure"].unique().to_pylist()
+        }
+        for part in (rows.filter(pc.invert(drawn)), rows.filter(drawn))
+    )
+    noted = manifest.summary
+    counts = noted["class_counts"].get("selection", {})
+    return page.Evaluation(picks, draws, counts, noted["judged"], noted["labeled"])
 
 
 # The rejected

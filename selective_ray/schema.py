@@ -32,6 +32,17 @@ REJECTED = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason",
 # What people say of images: nothing before training reads it.
 LABELS = pa.schema([("image_id", pa.int64()), ("label", pa.string())])
 SKIPPED = pa.schema([("image_id", pa.int64()), ("uri", pa.string())])
+# How good a selection is: a figure (`figures.FIGURES`) of a run and its seed, or of a random draw.
+EVALUATION = pa.schema(
+    [
+        ("budget", pa.int64()),
+        ("run", pa.string()),
+        ("seed", pa.int64()),
+        ("draw", pa.int64()),
+        ("figure", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
 DENSITY = {
     "mean": pa.schema([("image_id", pa.int64()), ("mean_sq_dist", pa.float32())]),
     "kth": pa.schema(

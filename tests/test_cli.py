@@ -262,7 +262,7 @@ def test_help_and_version():
     assert ask("--version").stdout == f"{__version__}\n"
     commands = ask("--help")
     assert commands.exit_code == 0 and commands.stderr == ""
-    for name in ("select", "embed", "density", "cluster", "report", "status", "demo"):
+    for name in ("select", "embed", "density", "cluster", "report", "status", "evaluate", "demo"):
         assert re.search(rf"^ +{name} ", commands.stdout, re.MULTILINE)
         assert ask(name, "--help").exit_code == 0
     options = ask("select", "--help").stdout

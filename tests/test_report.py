@@ -138,11 +138,16 @@ def make(
                 "include_self": True,
             }
         },
-        "clusters": {"cluster": {"iterations": 100}, "selection": {"budget": budget}, "seed": 0},
+        "clusters": {
+            "cluster": {"iterations": 100},
+            "selection": {"budget": budget},
+            "seed": settings.get("seed", 0),
+        },
         "selection": {"selection": {"budget": budget, "rounds": 10, "weight": 0.5}},
     }
     for table, content in tables.items():
-        run.begin(table, what.get(table, {"embed": {"encoder": "<b>net</b>", "dtype": dtype}}), {})
+        inputs = run.fingerprints("clusters") if table == "selection" else {}
+        run.begin(table, what.get(table, {"embed": {"encoder": "<b>net</b>", "dtype": dtype}}), inputs)
         one = table in ("selection", "rejected")
         step = max(1, len(content)) if one else shard_rows * (1 + (table == "images"))
         shards = [

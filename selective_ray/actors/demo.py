@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import faiss
 import numpy as np
 from PIL import Image
 
 from selective_ray import config
 from selective_ray.actors import pipeline
 from selective_ray.errors import UserError
+from selective_ray.evaluation import nearest
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
@@ -94,5 +94,5 @@ def _counts(labels: np.ndarray, rows: np.ndarray) -> list[int]:
 def _accuracy(x: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
     """Share of all other images whose nearest labeled image has their label."""
     rest = np.setdiff1d(np.arange(len(x)), rows)
-    _, nearest = faiss.knn(x[rest], np.ascontiguousarray(x[rows]), 1)
-    return float((labels[rows][nearest[:, 0]] == labels[rest]).mean())
+    told = labels[rows][nearest(x[rest], x[rows], 1).image_ids[:, 0]]
+    return float((told == labels[rest]).mean())
