@@ -508,6 +508,13 @@ def train(
             help="Held-out images: a folder with a folder for each class, or a CSV (uri, label).",
         ),
     ] = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            "--truth",
+            help="True labels (a file, or `folders`), only to tell how many pseudo-labels are wrong.",
+        ),
+    ] = None,
     until: Annotated[int | None, typer.Option("--until", min=1, help="Stop at this step for now.")] = None,
     preset: Preset = None,
     config_file: ConfigFile = None,
@@ -532,13 +539,19 @@ def train(
             preset=preset, file=config_file, assignments=assignments, options=options, own_embeddings=True
         )
         from selective_ray import held_out
+        from selective_ray import truth as true_labels
         from selective_ray.actors import training
 
         reporter = Reporter(quiet=as_json)
         where = _existing(run, settings.resources.endpoint_url)
         images = held_out.read(validation, where.access) if validation else held_out.NONE
+        known = true_labels.read([where], truth) if truth else None
         done, summary = training.train(
-            *(where, settings, name, reporter), until=until, held_out=images, address=address
+            *(where, settings, name, reporter),
+            until=until,
+            held_out=images,
+            truth=known,
+            address=address,
         )
         folder, page = where.path("training", name), where.path("report", f"training-{name}.html")
         if as_json:

@@ -106,8 +106,8 @@ def _by_folder(run: Run) -> Truth:
     if len(counts) < 2 or missing:
         where = f"in one folder, {next(iter(counts))!r}" if counts and not missing else "not all in a folder"
         raise UserError(
-            f"the images of {run.uri} are {where}: their folders do not tell classes apart; give --labels a "
-            "file with the columns uri and label"
+            f"the images of {run.uri} are {where}: their folders do not tell classes apart; give a file "
+            "with the columns uri and label"
         )
     return Truth("the names of folders", FOLDERS, sorted(counts), None, np.empty(0, np.int64))
 

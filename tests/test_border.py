@@ -10,7 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "selective_ray"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__main__", "__init__"))
 
 # They are imported where a network is loaded, or a GPU is used.
-ABOUT_TORCH = ("assignment_torch", "inference", "networks", "neighbors_torch")
+ABOUT_TORCH = (
+    *("assignment_torch", "augment", "classifiers", "fixmatch", "inference", "networks"),
+    "neighbors_torch",
+)
 
 
 @pytest.mark.parametrize("blocked", ["ray", "torch"])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_faults import killer
 
-from selective_ray import config, held_out, labeling, training
+from selective_ray import config, held_out, labeling, training, truth
 from selective_ray.actors import pipeline
 from selective_ray.actors.training import _workers, train
 from selective_ray.errors import UserError
@@ -77,9 +77,9 @@ def others(tmp_path_factory):
     return held_out.read(str(paint(tmp_path_factory.mktemp("held-out"), 30, 1)))
 
 
-def trained(run, name, others=held_out.NONE, reporter=None, until=None, truth=None, **options):
+def trained(run, name, others=held_out.NONE, reporter=None, until=None, known=None, **options):
     settings, _ = config.load(options={**SMALL, **options}, own_embeddings=True)
-    how = {"until": until, "held_out": others, "truth": truth}
+    how = {"until": until, "held_out": others, "truth": known}
     return train(run, settings, name, reporter or Reporter(quiet=True), **how)
 
 
@@ -94,14 +94,9 @@ def without_speed(lines):
     return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
 
-def truth_of(run):
-    uris = run.listed(np.arange(91))["uri"].to_pylist()
-    return {image: uri.split("/")[-2] for image, uri in enumerate(uris)}
-
-
 @pytest.fixture(scope="module")
 def whole(labeled, others):
-    done, _ = trained(labeled, "whole", others, truth=truth_of(labeled), **LONG)
+    done, _ = trained(labeled, "whole", others, known=truth.read([labeled], truth.FOLDERS), **LONG)
     return done
 
 
@@ -131,7 +126,9 @@ def test_a_killed_worker_costs_steps_and_not_the_training(labeled, others, whole
     """It goes on from the newest checkpoint: the same weights to the bit, no gap and no line twice."""
     folder, reporter = Training(labeled, "killed"), Reporter(quiet=True)
     with killer("ray::RayTrainWorker", lambda: len(folder.checkpoints()) >= 2) as killed:
-        done, _ = trained(labeled, "killed", others, reporter, truth=truth_of(labeled), **LONG)
+        done, _ = trained(
+            labeled, "killed", others, reporter, known=truth.read([labeled], truth.FOLDERS), **LONG
+        )
     assert killed and done is not None
     assert any("goes on from step" in words for words in reporter.warnings)
     (_, mine), (_, expected) = state(labeled, "killed"), state(labeled, "whole")

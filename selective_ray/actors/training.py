@@ -36,6 +36,7 @@ from selective_ray.objects import Access
 from selective_ray.progress import Reporter
 from selective_ray.store import Manifest, Run
 from selective_ray.training import NAME, Training
+from selective_ray.truth import Truth, rejected
 
 # A worker's CPU, as Ray counts it: however many there are, tasks that bring images find room beside them.
 WORKER_CPUS = 0.45
@@ -77,12 +78,12 @@ def train(
     *,
     until: int | None = None,
     held_out: HeldOut = NONE,
-    truth: dict[int, str] | None = None,
+    truth: Truth | None = None,
     address: str | None = None,
 ) -> tuple[Manifest | None, dict[str, Any]]:
     """Train until a step, or to the end; returns the manifest of a finished training, and its numbers.
 
-    truth: classes of images, known for no other use than to tell how many pseudo-labels are wrong. Raises
+    truth: classes of images, for no other use than to tell how many pseudo-labels are wrong. Raises
     UserError where there is nothing to train on, or where it fails again and again.
     """
     if not NAME.fullmatch(name):
@@ -92,7 +93,7 @@ def train(
     labels = _labels(run, reporter)
     classes = tuple(sorted(set(labels.values())))
     _check_network(config.train, len(classes), run.access)
-    _warn_of_missing(classes, held_out, truth or {}, reporter)
+    _warn_of_missing(classes, held_out, truth, reporter)
     settings = config.train
     what = {
         "train": settings.model_dump(exclude={"checkpoint", "evaluate_every", "checkpoint_every"})
@@ -151,10 +152,10 @@ def _labels(run: Run, reporter: Reporter) -> dict[int, str]:
             "with --images"
         )
     labels = labeling.read_labels(run).labels
-    rejected = set(_rejected(run).tolist())
-    if lost := sorted(labels.keys() & rejected):
+    unreadable = set(rejected(run).tolist())
+    if lost := sorted(labels.keys() & unreadable):
         reporter.warn(f"{len(lost):,} labeled images cannot be read, and are left out: {named(lost, ', ')}")
-    labels = {image: label for image, label in labels.items() if image not in rejected}
+    labels = {image: label for image, label in labels.items() if image not in unreadable}
     if not labels:
         raise UserError(
             f"{run.uri} has no labels; `selective-ray export` writes the picks for people to label, and "
@@ -178,9 +179,9 @@ def _check_network(settings: Train, classes: int, access: Access) -> None:
 
 
 def _warn_of_missing(
-    classes: tuple[str, ...], held_out: HeldOut, truth: dict[int, str], reporter: Reporter
+    classes: tuple[str, ...], held_out: HeldOut, truth: Truth | None, reporter: Reporter
 ) -> None:
-    missing = (set(held_out.labels) | set(truth.values())) - set(classes)
+    missing = (set(held_out.labels) | set(truth.classes if truth else ())) - set(classes)
     if missing:
         reporter.warn(
             f"no labeled image is of {named(sorted(missing), ', ')}: every image of "
@@ -188,33 +189,26 @@ def _warn_of_missing(
         )
 
 
-def _rejected(run: Run) -> np.ndarray:
-    manifest = run.manifest("rejected")
-    parts = [run.read_shard("rejected", s.index, ["image_id"])["image_id"] for s in manifest.shards]
-    ids = [part.to_numpy() for part in parts]
-    return np.sort(np.concatenate([np.empty(0, np.int64), *ids]))
-
-
 def _plan(run: Run, config: Config, labels: dict[int, str]) -> Plan:
     return Plan(
         labeled_ids=np.array(sorted(labels), np.int64),
         images=run.manifest("images").rows,
-        rejected=_rejected(run),
+        rejected=np.sort(rejected(run)),
         labeled=config.train.batch,
         unlabeled=config.train.batch * config.train.unlabeled_ratio,
         seed=config.seed,
     )
 
 
-def _truth(run: Run, classes: tuple[str, ...], truth: dict[int, str] | None) -> np.ndarray | None:
+def _truth(run: Run, classes: tuple[str, ...], truth: Truth | None) -> np.ndarray | None:
     """Return the class of every image, int32 [n]: -1 where it is not known, -2 where no label is of it."""
     if truth is None:
         return None
-    out = np.full(run.manifest("images").rows, -1, np.int32)
-    places = {name: i for i, name in enumerate(classes)}
-    for image, label in truth.items():
-        out[image] = places.get(label, -2)
-    return out
+    place = {name: i for i, name in enumerate(classes)}
+    # The last is that of images without a truth.
+    codes = np.array([*(place.get(name, -2) for name in truth.classes), -1], np.int32)
+    shards = (run.read_shard("images", s.index, ["image_id"]) for s in run.manifest("images").shards)
+    return np.concatenate([codes[truth.of(run, rows["image_id"].to_numpy())] for rows in shards])
 
 
 def _workers(config: Config, reporter: Reporter) -> tuple[int, dict[str, float]]:
