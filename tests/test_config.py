@@ -276,8 +276,30 @@ def test_presets_carry_the_published_constants(name):
     assert (selection.scale, selection.budget) == ("none", None)
 
 
+# reference/usl.md 3.1 and 3.2 (FixMatch), by hand: network, steps, labeled images, ratio, weight and threshold of
+# pseudo-labels, their teacher, average, whether its statistics are averaged, rate, schedule, decay.
+TRAINED = {
+    "fixmatch-cifar10": ("wrn-28-2", 2**20, 64, 7, 1, 0.95, "network", 0.999, False, 0.03, "cosine", 5e-4),
+    "fixmatch-cifar100": ("wrn-28-8", 2**20, 64, 7, 1, 0.95, "network", 0.999, False, 0.03, "cosine", 1e-3),
+    "fixmatch-imagenet-eman": (
+        *("resnet50", 100 * 4004, 64, 5, 10, 0.7, "average", 0.999, True, 0.03, "steps", 1e-4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_presets_of_training_carry_the_published_constants(name):
+    train = load(preset=name)[0].train
+    assert TRAINED[name] == (
+        *(train.network, train.steps, train.batch, train.unlabeled_ratio, train.unlabeled_weight),
+        *(train.threshold, train.teacher, train.average, train.average_statistics),
+        *(train.lr, train.schedule, train.weight_decay),
+    )
+    assert train.momentum == 0.9 and train.warmup == (20_020 if name == "fixmatch-imagenet-eman" else 0)
+
+
 def test_these_are_all_presets():
-    assert set(config.PRESETS) == set(PUBLISHED)
+    assert set(config.PRESETS) == set(PUBLISHED) | set(TRAINED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
