@@ -276,7 +276,7 @@ def test_presets_carry_the_published_constants(name):
     assert (selection.scale, selection.budget) == ("none", None)
 
 
-# reference/usl.md 3.1 and 3.2 (FixMatch), by hand: network, steps, labeled images, ratio, weight and threshold of
+# reference/usl.md 3.1 and 3.2, by hand: network, steps, labeled images, ratio, weight and threshold of
 # pseudo-labels, their teacher, average, whether its statistics are averaged, rate, schedule, decay.
 TRAINED = {
     "fixmatch-cifar10": ("wrn-28-2", 2**20, 64, 7, 1, 0.95, "network", 0.999, False, 0.03, "cosine", 5e-4),
