@@ -34,7 +34,8 @@ def autocast_dtype(device: str, precision: str) -> torch.dtype | None:
 class Inference:
     """Pixels uint8 [b, h, w, 3] to unit vectors float32 [b, d], rows without direction NaN.
 
-    What comes out for a batch does not depend on the way in, `encode` or `stream`.
+    finish: what becomes of what the network returns, float32 [b, …], if not its unit vectors. What comes out
+    for a batch does not depend on the way in, `encode` or `stream`.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Inference:
         std: tuple[float, ...],
         device: str,
         precision: str,
+        finish: Callable[[np.ndarray], np.ndarray] = unit,
     ) -> None:
+        self.finish = finish
         self.dtype = autocast_dtype(device, precision)
         self.device = torch.device(device)
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
@@ -65,7 +68,7 @@ class Inference:
         if self.device.type != "cuda":
             return map(self._on_cpu, batches)
         copies = torch.cuda.Stream(self.device)
-        return overlapped(batches, lambda pixels: self._launched(pixels, copies), _fetched)
+        return overlapped(batches, lambda pixels: self._launched(pixels, copies), self._fetched)
 
     def probe(self, batch: int, size: int) -> object:
         """Return what the network makes of a batch of black images, whatever that is."""
@@ -89,7 +92,7 @@ class Inference:
 
     def _on_cpu(self, pixels: np.ndarray) -> np.ndarray:
         # torch.tensor copies: an array out of an object store is read-only, which from_numpy warns about.
-        return unit(self._forward(torch.tensor(pixels)).float().numpy())
+        return self.finish(self._forward(torch.tensor(pixels)).float().numpy())
 
     def _launched(
         self, pixels: np.ndarray, copies: torch.cuda.Stream
@@ -112,11 +115,10 @@ class Inference:
             done.record(computing)
         return result, done
 
-
-def _fetched(launched: tuple[torch.Tensor, torch.cuda.Event]) -> np.ndarray:
-    result, done = launched
-    done.synchronize()
-    return unit(result.numpy())
+    def _fetched(self, launched: tuple[torch.Tensor, torch.cuda.Event]) -> np.ndarray:
+        result, done = launched
+        done.synchronize()
+        return self.finish(result.numpy())
 
 
 def overlapped(

@@ -7,6 +7,7 @@ begun with the shards that are left, the ranges that may have held it up in smal
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,18 @@ from selective_ray.actors.pca import PCA_FILE, fitted_pca
 from selective_ray.actors.placement import Placement, place
 from selective_ray.actors.rejections import ENOUGH_TO_JUDGE, Rejections, nothing_usable, reasons_of
 from selective_ray.actors.session import Session, peak_memory
-from selective_ray.actors.wave import ATTEMPTS, EncoderSpec, Pixels, Range, Reading, Seen, WatchedWave, Work
+from selective_ray.actors.wave import (
+    ATTEMPTS,
+    EncoderSpec,
+    Pixels,
+    Product,
+    Range,
+    Reading,
+    Seen,
+    WatchedWave,
+    Work,
+    write_embeddings,
+)
 from selective_ray.config import Config
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter, Watch
@@ -98,7 +110,13 @@ def embed(
         if todo:
             session.start()
             spec = _spec(run, config, pixels, rows, how)
-            waves = _Waves(run, config, todo, pixels, spec, how, bar, rejections)
+            product = Product(
+                doing="embedding",
+                by="the encoder",
+                nothing="the encoder gives no direction for it",
+                write=functools.partial(write_embeddings, dtype=made["dtype"]),
+            )
+            waves = Waves(run, config, todo, pixels, spec, product, how, bar, rejections)
             for embedded, rejected, shard_work in waves.shards():
                 finished[embedded.index] = (embedded, rejected)
                 work += shard_work
@@ -106,10 +124,10 @@ def embed(
                 stopwatch.note()
             steady = waves.busy_seconds
     rejections.check(1)
-    return _finish(run, images, finished, stopwatch, work, _speed(config, work, todo, steady))
+    return _finish(run, images, finished, stopwatch, work, speed(config, work, todo, steady))
 
 
-def _speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> dict[str, Any]:
+def speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> dict[str, Any]:
     """Return how busy the encoders were, and how many decoding CPUs keep one busy; empty without work.
 
     Counted from the first batch that came to the last, in this attempt.
@@ -169,7 +187,7 @@ def _copied(run: Run, earlier: Run, have: set[int]) -> dict[int, tuple[Shard, Sh
     return {shard.index: (shard, rejected[shard.index]) for shard, _ in embedded}
 
 
-class _Waves:
+class Waves:
     """Runs waves until every shard is written."""
 
     def __init__(
@@ -178,19 +196,20 @@ class _Waves:
         config: Config,
         todo: dict[int, int],
         pixels: Pixels,
-        spec: EncoderSpec,
+        spec: Any,
+        product: Product,
         how: Reading,
         bar: Watch,
         rejections: Rejections,
     ) -> None:
         self.run, self.config, self.todo = run, config, todo
-        self.pixels, self.spec, self.how = pixels, spec, how
+        self.pixels, self.spec, self.product, self.how = pixels, spec, product, how
         self.bar, self.rejections = bar, rejections
         # From the first batch of each wave to its end, start-up aside.
         self.busy_seconds = 0.0
 
-    def shards(self) -> Iterator[tuple[Shard, Shard, Work]]:
-        """Yield each shard as it is written, with that of `rejected/`."""
+    def shards(self) -> Iterator[tuple[Shard, Shard | None, Work]]:
+        """Yield each shard as it is written, with the one that belongs to it."""
         step = BATCHES_PER_TASK * self.pixels.batch
         ranges = {shard: Range(shard, 0, n).cut(step) for shard, n in self.todo.items()}
         fruitless = 0
@@ -215,7 +234,7 @@ class _Waves:
                 if len(failed) == 1 and not wave.ended_by_itself and self._is_innocent(failed):
                     continue
                 ranges[failed.shard].remove(failed)
-                ranges[failed.shard] += _next_try(failed, self.pixels.batch)
+                ranges[failed.shard] += _next_try(failed, self.pixels.batch, self.product)
                 ranges[failed.shard].sort(key=lambda r: r.start)
             if wave.done:
                 fruitless = 0
@@ -223,8 +242,9 @@ class _Waves:
                 fruitless += 1
             if fruitless >= FRUITLESS_WAVES:
                 raise UserError(
-                    f"embedding made no progress in {fruitless} attempts, the last ended by: {wave.ending}; "
-                    "see the logs of Ray, or give it more memory, a smaller embed.batch, or fewer workers"
+                    f"{self.product.doing} made no progress in {fruitless} attempts, the last ended by: "
+                    f"{wave.ending}; see the logs of Ray, or give it more memory, a smaller embed.batch, or "
+                    "fewer workers"
                 )
 
     def _is_innocent(self, image: Range) -> bool:
@@ -234,8 +254,8 @@ class _Waves:
 
     def _wave(self, ranges: list[Range], placement: Placement) -> WatchedWave:
         rows = {r.shard: self.todo[r.shard] for r in ranges}
-        dtype = self.config.embed.dtype
-        return WatchedWave(self.run, ranges, rows, self.pixels, self.spec, dtype, placement, self.how)
+        made = self.pixels, self.spec, self.product
+        return WatchedWave(self.run, ranges, rows, *made, placement, self.how)
 
     def _events(self, wave: WatchedWave) -> Iterator[tuple[str, Any]]:
         resources = self.config.resources
@@ -253,16 +273,16 @@ class _Waves:
         self.rejections.check(ENOUGH_TO_JUDGE)
 
 
-def _next_try(failed: Range, batch: int) -> list[Range]:
+def _next_try(failed: Range, batch: int, product: Product) -> list[Range]:
     """Return how to try a range again: in pieces, and a single image at last not at all."""
     if failed.reason:
         raise UserError(
-            "the encoder fails even where there is nothing to read; see the logs of Ray, or set a smaller "
+            f"{product.by} fails even where there is nothing to read; see the logs of Ray, or set a smaller "
             "embed.batch"
         )
     if len(failed) > 1:
         return failed.split(batch)
-    reason = f"reading or encoding it failed {ATTEMPTS} times or ended its process"
+    reason = f"reading it or {product.doing} it failed {ATTEMPTS} times or ended its process"
     return [replace(failed, reason=reason)]
 
 

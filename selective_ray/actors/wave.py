@@ -1,4 +1,4 @@
-"""A wave: one Ray Data pipeline that turns ranges of images into shards of embeddings.
+"""A wave: one Ray Data pipeline that turns ranges of images into shards of embeddings, or of predictions.
 
     ranges ──► decode (CPU tasks) ──► encode (actors, GPU or CPU) ──► Wave: assemble in order, write shards
 
@@ -14,12 +14,13 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from selective_ray import encoders, reading
@@ -73,11 +74,19 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: the way to the stores, the column of Parquet files, and what reads a request."""
+    """How images are read: the way to the stores, the column of Parquet files, and what reads a request.
+
+    embedded: only the images of `embeddings/`, which could be read once.
+    """
 
     access: Access
     column: str | None
     read: Read
+    embedded: bool = False
+
+    def listed(self, run: Run, shard: int) -> pa.Table:
+        """Return the rows of a shard of `images/` that are read."""
+        return listed(run, shard, self.embedded)
 
     def decoded(self, rows: pa.Table, pixels: Pixels) -> Iterator[tuple[np.ndarray | None, bytes, str]]:
         """Read and decode rows of a listing, as `reading.decoded` does."""
@@ -87,9 +96,13 @@ class Reading:
 
 
 @functools.lru_cache(maxsize=2)
-def listed(run: Run, shard: int) -> pa.Table:
+def listed(run: Run, shard: int, embedded: bool = False) -> pa.Table:
     """Return a shard of `images/`, kept for the next ranges of the same shard."""
-    return run.read_shard("images", shard)
+    rows = run.read_shard("images", shard)
+    if not embedded:
+        return rows
+    ids = run.read_shard("embeddings", shard, ["image_id"])["image_id"]
+    return rows.filter(pc.is_in(rows["image_id"], ids))
 
 
 def decode_range(
@@ -102,7 +115,7 @@ def decode_range(
     """
     shard, start, stop = (int(row[name][0]) for name in ("shard", "start", "stop"))
     given_up = str(row["reason"][0])
-    stream = how.decoded(listed(run, shard).slice(start, 0 if given_up else stop - start), pixels)
+    stream = how.decoded(how.listed(run, shard).slice(start, 0 if given_up else stop - start), pixels)
     for first in range(start - start % pixels.batch, stop, pixels.batch):
         here = range(max(start, first), min(stop, first + pixels.batch))
         batch = np.zeros((1, pixels.batch, pixels.size, pixels.size, 3), np.uint8)
@@ -165,12 +178,12 @@ class EncoderSpec:
 
 
 class Encode:
-    """Turns batches of pixels into embeddings; one per actor.
+    """Turns batches of pixels into embeddings, or into answers of a classifier; one per actor.
 
     A block holds the batches of a decode task: on a GPU the next is copied while the last is computed.
     """
 
-    def __init__(self, spec: EncoderSpec, device: str) -> None:
+    def __init__(self, spec: Any, device: str) -> None:
         if spec.name != encoders.PCA:
             import torch
 
@@ -204,8 +217,8 @@ class Encode:
         }
 
 
-class _Open:
-    """A shard being put together: x float32 [n, d] and which images are done."""
+class Open:
+    """A shard being put together: x float32 [n, d], which images are done, and why some have no numbers."""
 
     def __init__(self, rows: int) -> None:
         self.x = np.empty((rows, 0), np.float32)
@@ -221,16 +234,20 @@ class _Open:
         embedding: np.ndarray,
         digests: np.ndarray,
         rejected: dict[int, str],
+        nothing: str,
     ) -> dict[int, str]:
-        """Take the slots of a batch that belong to its range; returns all that are rejected of them."""
+        """Take the slots of a batch that belong to its range; returns all that are rejected of them.
+
+        nothing: the reason where there are pixels and no numbers come of them.
+        """
         if not self.x.size:
             self.x = np.empty((len(self.done), embedding.shape[1]), np.float32)
         slot = np.flatnonzero(slots)
         self.x[start + slot] = embedding[slot]
         self.digests[start + slot] = digests[slot]
         self.done[start + slot] = True
-        nothing = start + slot[~np.isfinite(embedding[slot]).all(axis=1)]
-        reasons = dict.fromkeys(nothing.tolist(), "the encoder gives no direction for it") | rejected
+        numberless = start + slot[~np.isfinite(embedding[slot]).all(axis=1)]
+        reasons = dict.fromkeys(numberless.tolist(), nothing) | rejected
         self.rejected |= reasons
         return reasons
 
@@ -260,6 +277,20 @@ class Work:
         )
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a wave makes: how a shard of it is written, and the words to tell of it.
+
+    write takes the run, the number of a shard, its rows of the listing, and what came of them; it returns the
+    shard, and another one that belongs to it, if any. nothing: see `Open.add`.
+    """
+
+    doing: str
+    by: str
+    nothing: str
+    write: Callable[[Run, int, pa.Table, Open], tuple[Shard, Shard | None]]
+
+
 @ray.remote(num_cpus=0)
 class Wave:
     """Runs one Ray Data pipeline over some ranges, and writes the shards that they complete."""
@@ -270,13 +301,13 @@ class Wave:
         ranges: list[Range],
         rows: dict[int, int],
         pixels: Pixels,
-        spec: EncoderSpec,
-        dtype: str,
+        spec: Any,
+        product: Product,
         placement: Placement,
         how: Reading,
     ) -> Iterator[tuple[str, Any]]:
-        """Yield ("batch", Seen), ("shard", (Shard, Shard of rejected, Work)), and ("end", None) at last."""
-        opened = {shard: _Open(n) for shard, n in rows.items()}
+        """Yield ("batch", Seen), ("shard", (what was written, Work)), and ("end", None) at last."""
+        opened = {shard: Open(n) for shard, n in rows.items()}
         work = Work()
         for block in self._batches(run, ranges, pixels, spec, placement, how):
             for i, shard in enumerate(block["shard"].tolist()):
@@ -285,21 +316,24 @@ class Wave:
                 open_shard = opened[shard]
                 first, slots = int(block["start"][i]), block["slots"][i]
                 reasons = {int(place): reason for place, reason in json.loads(block["rejected"][i]).items()}
-                reasons |= open_shard.add(first, slots, block["embedding"][i], block["digests"][i], reasons)
+                made = block["embedding"][i], block["digests"][i]
+                reasons |= open_shard.add(first, slots, *made, reasons, product.nothing)
                 open_shard.device = str(block["device"][i])
                 work.decode_seconds += float(block["decode_seconds"][i])
                 work.encode_seconds += float(block["encode_seconds"][i])
                 work.memory = max(work.memory, int(block["memory"][i]), peak_memory())
                 places = np.flatnonzero(slots) + first
-                yield "batch", _seen(run, Range(shard, int(places[0]), int(places[-1]) + 1), reasons)
+                uris = how.listed(run, shard)["uri"]
+                yield "batch", _seen(Range(shard, int(places[0]), int(places[-1]) + 1), uris, reasons)
                 if open_shard.done.all():
-                    yield "shard", (*_write(run, shard, opened.pop(shard), dtype), work)
+                    written = product.write(run, shard, how.listed(run, shard), opened.pop(shard))
+                    yield "shard", (*written, work)
                     work = Work(memory=work.memory)
         yield "end", None
 
     @staticmethod
     def _batches(
-        run: Run, ranges: list[Range], pixels: Pixels, spec: EncoderSpec, placement: Placement, how: Reading
+        run: Run, ranges: list[Range], pixels: Pixels, spec: Any, placement: Placement, how: Reading
     ) -> Iterator[dict[str, np.ndarray]]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -332,18 +366,16 @@ class Wave:
         yield from encoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
 
 
-def _seen(run: Run, done: Range, reasons: dict[int, str]) -> Seen:
+def _seen(done: Range, uris: pa.ChunkedArray, reasons: dict[int, str]) -> Seen:
     examples: dict[str, list[str]] = {}
-    uris = listed(run, done.shard)["uri"]
     for place, reason in reasons.items():
         if len(some := examples.setdefault(reason, [])) < 3:
             some.append(uris[place].as_py())
     return Seen(done, Counter(reasons.values()), examples)
 
 
-def _write(run: Run, shard: int, content: _Open, dtype: str) -> tuple[Shard, Shard]:
+def write_embeddings(run: Run, shard: int, rows: pa.Table, content: Open, dtype: str) -> tuple[Shard, Shard]:
     """Write one shard of `rejected/` and then of `embeddings/`, so that the second tells of both."""
-    rows = listed(run, shard)
     ids = rows["image_id"].to_numpy()
     out = sorted(content.rejected)
     reasons = pa.table(
@@ -370,12 +402,12 @@ class WatchedWave:
         ranges: list[Range],
         rows: dict[int, int],
         pixels: Pixels,
-        spec: EncoderSpec,
-        dtype: str,
+        spec: Any,
+        product: Product,
         placement: Placement,
         how: Reading,
     ) -> None:
-        self.arguments = (run, ranges, rows, pixels, spec, dtype, placement, how)
+        self.arguments = (run, ranges, rows, pixels, spec, product, placement, how)
         self.ranges = ranges
         self.placement = placement
         self.done: dict[int, dict[int, int]] = {}
