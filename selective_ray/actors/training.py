@@ -23,6 +23,7 @@ import numpy as np
 import ray
 
 from selective_ray import checkpoints, labeling, training_page
+from selective_ray.actors.model import exported
 from selective_ray.actors.placement import gpus_each
 from selective_ray.actors.session import Session, alive_nodes, cpus, gpus
 from selective_ray.actors.training_worker import Job, work
@@ -128,6 +129,7 @@ def train(
         )
         started = time.monotonic()
         memory = _until_done(job, workers, each, reporter, lease.check)
+        exported(training, session, reporter)
         lines = training.metrics()
         page = training_page.render(name, settings.steps, lines, list(classes))
         run.write_bytes(page.encode(), "report", f"training-{name}.html")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from selective_ray import batches
+from selective_ray import batches, model
 from selective_ray.batches import Plan
 from selective_ray.config import Train
 from selective_ray.errors import UserError
@@ -106,8 +106,8 @@ class _Worker:
             precision=job.train.precision,
             average=average,
         )
-        say = (lambda words: job.desk.say.remote(words)) if self.rank == 0 else (lambda words: None)
-        self.first, state = job.training.newest(say)
+        self.say = (lambda words: job.desk.say.remote(words)) if self.rank == 0 else (lambda words: None)
+        self.first, state = job.training.newest(self.say)
         if state:
             self.learner.load(state)
         self.lines = job.training.metrics(self.first) if self.rank == 0 else []
@@ -151,6 +151,8 @@ class _Worker:
                 self._evaluate(done)
             if saved and self.rank == 0:
                 self._save(done)
+                if last:
+                    model.export(job.training, self.say)
             if saved or done % every.evaluate_every == 0:
                 self.began = time.monotonic()
 
