@@ -18,7 +18,7 @@ from selective_ray import __version__, config
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter, one_line
-from selective_ray.store import BEGUN, BROUGHT, OPTIONAL, TABLES, Run
+from selective_ray.store import BEGUN, BROUGHT, OPTIONAL, PREDICTED, TABLES, Run
 
 # The common base of what typer says of missing, unknown and malformed options; typer exports only this heir.
 _WrongUsage = typer.BadParameter.__base__
@@ -380,10 +380,11 @@ def status(
     with _sentences(debug, as_json):
         where = _existing(run, endpoint_url)
         states = {}
-        for table in (*where.tables(), *BROUGHT):
+        for table in (*where.tables(), *BROUGHT, *PREDICTED):
             manifest = where.manifest(table)
             shards = where.finished_shards(table)
-            if table in (*OPTIONAL, *BROUGHT) and not manifest and not where.exists(table, BEGUN):
+            optional = table in (*OPTIONAL, *BROUGHT, *PREDICTED)
+            if optional and not manifest and not where.exists(table, BEGUN):
                 continue
             if manifest:
                 states[table] = {
@@ -475,7 +476,7 @@ def bring_labels(
             print(line)  # noqa: T201
 
 
-def _label_lines(found: dict[str, Any], most: int = 20) -> Iterator[str]:
+def _label_lines(found: dict[str, Any]) -> Iterator[str]:
     brought = found["in_file"]
     yield (
         f"file       {found['format']}: {brought['images']:,} images, {brought['labels']:,} labeled, "
@@ -487,7 +488,11 @@ def _label_lines(found: dict[str, Any], most: int = 20) -> Iterator[str]:
         f"{found['outside_selection']:,} labels outside the selection"
         + ("" if found["changed"] else "; nothing changed")
     )
-    classes = sorted(found["classes"].items(), key=lambda item: (-item[1], item[0]))
+    yield from _class_lines(found["classes"])
+
+
+def _class_lines(counts: dict[str, int], most: int = 20) -> Iterator[str]:
+    classes = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     yield f"classes    {len(classes):,}"
     for name, count in classes[:most]:
         yield f"  {count:>7,}  {name}"
@@ -588,6 +593,67 @@ def _training_lines(summary: dict[str, Any], folder: str, report: str, *, comple
         )
     yield f"folder     {folder}"
     yield f"report     {report}"
+
+
+@app.command()
+def predict(
+    run: RunUri,
+    name: Annotated[str, typer.Option("--name", help="Name of the training that labels.")] = "fixmatch",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove the labels of another training, or of an earlier step.")
+    ] = False,
+    max_rejected: Annotated[
+        str | None,
+        typer.Option(
+            "--max-rejected", help="Share of images, as 1%, that may be unreadable by now (default: none)."
+        ),
+    ] = None,
+    config_file: ConfigFile = None,
+    assignments: Set = None,
+    endpoint_url: EndpointUrl = None,
+    address: Address = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Label every image of a run by a trained network."""
+    with _sentences(debug, as_json):
+        options = {
+            "resources.endpoint_url": endpoint_url,
+            "resources.max_rejected": None if max_rejected is None else _share(max_rejected),
+        }
+        settings, asked = config.load(file=config_file, assignments=assignments, options=options)
+        from selective_ray.actors import predictions
+
+        reporter = Reporter(quiet=as_json)
+        where = _existing(run, settings.resources.endpoint_url)
+        resources = settings.resources
+        done, complete = predictions.predict(
+            *(where, settings, name, reporter),
+            most=resources.max_rejected if "resources.max_rejected" in asked else 0.0,
+            replace=replace,
+            address=address,
+        )
+        folder = where.path("predictions")
+        if as_json:
+            told = {"run": where.uri, "predictions": folder, "already_complete": complete, **done.summary}
+            print(json.dumps({**told, "seconds": done.seconds, "warnings": reporter.warnings}))  # noqa: T201
+            return
+        if complete:
+            print("already complete: predictions")  # noqa: T201
+        for line in _prediction_lines(done.summary, done.seconds, folder):
+            print(line)  # noqa: T201
+
+
+def _prediction_lines(summary: dict[str, Any], seconds: float, folder: str) -> Iterator[str]:
+    unread = sum(summary["unread"].values())
+    yield (
+        f"predicted  {summary['predicted']:,} images by training {summary['training']!r}, step "
+        f"{summary['step']:,}" + (f"; {unread:,} cannot be read any more" if unread else "")
+    )
+    yield from _class_lines(summary["classes"])
+    yield f"confidence {100 * summary['mean_confidence']:.1f} % on average"
+    yield f"seconds    {seconds:.1f}"
+    yield f"folder     {folder}"
 
 
 def _existing(run: str, endpoint_url: str | None) -> Run:

@@ -44,7 +44,8 @@ class Embed(Section):
     image_size: int | None = Field(None, ge=1, le=4096)
     # float16 halves the store and moves a tenth to a half of the picks on small sets.
     dtype: Literal["float32", "float16"] = "float32"
-    # Every batch is padded to this size: the last bits of a network depend on the batch's shape.
+    # Every batch is padded to this size: the last bits of a network depend on the batch's shape. So it is
+    # when a trained network predicts.
     batch: int = Field(64, ge=1)
     # "auto": bfloat16 on GPUs that have it, whose units for it are the fastest; float32 elsewhere.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -43,6 +43,8 @@ EVALUATION = pa.schema(
         ("value", pa.float64()),
     ]
 )
+# What the trained network says, and the probability that it gives its answer.
+PREDICTIONS = pa.schema([("image_id", pa.int64()), ("label", pa.string()), ("confidence", pa.float32())])
 DENSITY = {
     "mean": pa.schema([("image_id", pa.int64()), ("mean_sq_dist", pa.float32())]),
     "kth": pa.schema(

@@ -39,6 +39,8 @@ TABLES = (
 OPTIONAL = ("duplicates", "neighbors", "utilities")
 # What people bring.
 BROUGHT = ("labels", "skipped")
+# What a trained network makes.
+PREDICTED = ("predictions",)
 # Of budgets that contain each other, the smaller ones have their tables beside: `selection-1000/`.
 NESTED = re.compile(r"(clusters|utilities|selection)-(\d+)")
 
