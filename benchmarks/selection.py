@@ -31,6 +31,7 @@ from selective_ray import config, density, kmeans, selection
 from selective_ray.actors import pipeline
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
+from selective_ray.presets import PRESETS
 from selective_ray.progress import Reporter
 from selective_ray.selection import Candidates, PickedVectors
 from selective_ray.store import Run
@@ -45,7 +46,7 @@ VARIANTS = {
 
 def select(run: Path, source: Path | str, clusters: int, upto: str, variant: dict, **options) -> Run:
     """Bring a run up to a table, with the density and K-Means of the defaults."""
-    preset = config.PRESETS.get(variant.get("preset"), {}).get("selection", {})
+    preset = PRESETS.get(variant.get("preset"), {}).get("selection", {})
     options = {
         **{f"selection.{key}": value for key, value in preset.items()},
         **{key: value for key, value in variant.items() if key != "preset"},
@@ -138,7 +139,7 @@ def picks(x: np.ndarray, sq_dists: np.ndarray, labels: np.ndarray, settings: con
 
 
 def spread(x: np.ndarray, clusters: int, preset: str) -> None:
-    values = config.PRESETS[preset]
+    values = PRESETS[preset]
     settings = config.Selection(**values["selection"])
     sq_dists = measured(x, values["density"]["k"])
     ours, plain = [], []
@@ -157,7 +158,7 @@ def spread(x: np.ndarray, clusters: int, preset: str) -> None:
 def scale(x: np.ndarray, clusters: int, preset: str) -> None:
     """One weight on growing subsets: that of a preset in its own unit, and that of the defaults."""
     x = x[np.random.default_rng(0).permutation(len(x))]
-    published = config.Selection(**config.PRESETS[preset]["selection"])
+    published = config.Selection(**PRESETS[preset]["selection"])
     for n in (5_000, 15_000, len(x)):
         sq_dists = measured(x[:n], 20)
         for name, settings in ((preset, published), ("defaults", config.Selection())):

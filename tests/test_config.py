@@ -5,6 +5,7 @@ import pytest
 from selective_ray import config, encoders
 from selective_ray.config import Config, load
 from selective_ray.errors import UsageError
+from selective_ray.presets import PRESETS
 
 
 def refused(**sources) -> str:
@@ -104,7 +105,7 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
 def test_unknown_preset_names_the_nearest_and_lists_all():
     message = refused(preset="usl-cifar")
     assert "did you mean 'usl-cifar10'" in message
-    assert all(name in message for name in config.PRESETS)
+    assert all(name in message for name in PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_presets_of_training_carry_the_published_constants(name):
 
 
 def test_these_are_all_presets():
-    assert set(config.PRESETS) == set(PUBLISHED) | set(TRAINED)
+    assert set(PRESETS) == set(PUBLISHED) | set(TRAINED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
