@@ -9,6 +9,7 @@ error are settled by direct differences, so the labels are those of comparing ev
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -27,6 +28,12 @@ UNIT = 2.0**-13
 LOWEST, UNKNOWN = -(2**15), 2**15 - 1
 # More than all roundings of bounds in float32, which are under 8.
 SLACK = 2.0**-20
+# Centroids that a tile of products has at most.
+TILE_CENTROIDS = 1024
+# A row that must meet this share of some centroids, or all but so few of them, meets them all at once.
+WIDE, FEW = 0.5, 64
+# One of so many rows tells whether to tighten bounds is of use.
+SAMPLED = 16
 # Coordinates of the rows that are looked at together: 4 MB, which stay in a cache for all groups.
 BLOCK_ENTRIES = 1 << 20
 
@@ -57,7 +64,7 @@ class Assignment:
     def assign(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find the nearest of new centroids, float32 [c, d], ties to the smallest id.
 
-        Returns the rows int64 [r] whose label changed, and their labels before, int32 [r].
+        Returns the rows int64 [r] whose label changed, ascending, and their labels before, int32 [r].
         """
         first = len(centroids) != len(self.centroids)
         if not first and np.array_equal(centroids, self.centroids):
@@ -77,19 +84,78 @@ class Assignment:
 
     def _begin(self, centroids: np.ndarray) -> None:
         self.centroids = centroids
-        groups = _groups(centroids)
-        self.order = np.argsort(groups, kind="stable")
-        # Of a centroid: its place in that order, and its group. Of a group: its places.
-        self.place = np.empty(len(centroids), np.int64)
-        self.place[self.order] = np.arange(len(centroids))
-        self.group = groups
-        ends = np.cumsum(np.bincount(groups)).tolist()
-        self.places = list(zip([0, *ends[:-1]], ends, strict=True))
+        self.group = _groups(centroids)
+        # Centroids of a group follow each other in this order.
+        self.order = np.argsort(self.group, kind="stable")
+        count = int(self.group.max()) + 1
         self.labels[:] = -1
         self.own = np.full(len(self.x), -np.inf, np.float32)
-        self.others = np.full((len(self.x), len(self.places)), UNKNOWN, np.int16)
+        self.others = np.full((count, len(self.x)), UNKNOWN, np.int16)
         # What all bounds of a group have loosened by and does not make a unit yet.
-        self.carry = np.zeros(len(self.places))
+        self.carry = np.zeros((count, 1))
+
+
+class _Some:
+    """Some of the centroids, those of a group beside each other, in tiles that scores are computed of.
+
+    ids int64 [s], centroids float32 [s, d], half of their squared norms float32 [s]; of each group there is,
+    its first and its end among them.
+    """
+
+    def __init__(self, ids: np.ndarray, moves: _Moves, group: np.ndarray, count: int) -> None:
+        self.ids, self.centroids, self.half_norms = ids, moves.centroids[ids], moves.half_norms[ids]
+        ends = np.searchsorted(group[ids], np.arange(count + 1))
+        self.places = list(itertools.pairwise(ends.tolist()))
+        self.groups = [g for g, (start, end) in enumerate(self.places) if end > start]
+        # Groups are cut into pieces that fit a tile: where each begins, and which is the first of a group.
+        firsts = [range(*self.places[g], TILE_CENTROIDS) for g in self.groups]
+        self.pieces = np.concatenate([np.empty(0, np.int64), *firsts])
+        self.first_piece = np.cumsum([0, *(len(part) for part in firsts[:-1])])
+        # Pieces that fit a tile together: the first centroid, the end, and the pieces.
+        self.tiles: list[tuple[int, int, slice]] = []
+        bounds = [*self.pieces.tolist(), len(ids)]
+        first = 0
+        for piece in range(1, len(bounds)):
+            if piece == len(bounds) - 1 or bounds[piece + 1] - bounds[first] > TILE_CENTROIDS:
+                self.tiles.append((bounds[first], bounds[piece], slice(first, piece)))
+                first = piece
+        widest = max((stop - start for start, stop, _ in self.tiles), default=1)
+        self.rows = max(TILE_QUERIES, TILE_PRODUCTS // widest)
+        self.tile = np.empty(self.rows * widest, np.float32)
+
+    def scores(self, x: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Return the scores of a few rows with the centroids of a tile: the array is used again."""
+        scores = self.tile[: len(x) * (stop - start)].reshape(len(x), stop - start)
+        np.matmul(x, self.centroids[start:stop].T, out=scores)
+        scores -= self.half_norms[start:stop]
+        return scores
+
+    def best_of_groups(self, x: np.ndarray) -> np.ndarray:
+        """Return the best score of a few rows in each group there is, float32 [groups, r]."""
+        best = np.empty((len(x), len(self.pieces)), np.float32)
+        for start, stop, pieces in self.tiles:
+            begins = self.pieces[pieces] - start
+            np.maximum.reduceat(self.scores(x, start, stop), begins, axis=1, out=best[:, pieces])
+        return np.maximum.reduceat(best, self.first_piece, axis=1).T
+
+    def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return place and score of the best centroid of a few rows, and the best other of each group."""
+        every = np.arange(len(x))
+        best, place = np.full(len(x), -np.inf, np.float32), np.zeros(len(x), np.int64)
+        others = np.empty((len(x), len(self.pieces)), np.float32)
+        for start, stop, pieces in self.tiles:
+            scores = self.scores(x, start, stop)
+            at = scores.argmax(axis=1)
+            top = scores[every, at]
+            scores[every, at] = -np.inf
+            np.maximum.reduceat(scores, self.pieces[pieces] - start, axis=1, out=others[:, pieces])
+            # The lesser of the best so far and the best here is one of the others of its piece.
+            at += start
+            ahead = top > best
+            piece = np.searchsorted(self.pieces, np.where(ahead, place, at), side="right") - 1
+            others[every, piece] = np.maximum(others[every, piece], np.where(ahead, best, top))
+            best, place = np.where(ahead, top, best), np.where(ahead, at, place)
+        return place, best, np.maximum.reduceat(others, self.first_piece, axis=1).T
 
 
 class _Moves:
@@ -117,18 +183,12 @@ class _Moves:
         # Of one score, which is half of a squared distance but for |x|².
         error = product_error(assignment.x.shape[1], max(1.0, assignment.norm), largest) / 2 + SLACK
         assignment.error = max(assignment.error, error)
-        order, self.groups = assignment.order, []
-        loosened = assignment.carry.copy()
-        for g, (start, end) in enumerate(assignment.places):
-            ids = order[start:end]
-            loosened[g] += up[ids].max()
-            some = ids[self.moved[ids]]
-            self.groups.append(
-                (
-                    (ids, centroids[ids], self.half_norms[ids]),
-                    (some, centroids[some], self.half_norms[some]),
-                )
-            )
+        order, group = assignment.order, assignment.group
+        self.every = _Some(order, self, group, len(assignment.carry))
+        self.some = _Some(order[self.moved[order]], self, group, len(assignment.carry))
+        loosened = (
+            assignment.carry + np.maximum.reduceat(up[order], [p for p, _ in self.every.places])[:, None]
+        )
         self.shift = np.floor(loosened / UNIT).astype(np.int32)
         self.carry = loosened - self.shift * UNIT
 
@@ -139,81 +199,162 @@ class _Block:
     def __init__(self, assignment: Assignment, moves: _Moves, rows: slice) -> None:
         self.of, self.moves = assignment, moves
         self.x, self.labels = assignment.x[rows], assignment.labels[rows]
-        self.own, self.others = assignment.own[rows], assignment.others[rows]
+        self.own, self.others = assignment.own[rows], assignment.others[:, rows]
         self.margin = np.float32(2 * assignment.error)
         self.hits: list[tuple[np.ndarray, ...]] = []
 
     def update(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows whose label changed, and their labels before."""
-        before = self.others.copy()
+        # A row whose centroid stays where it is beats those that stay, too: what bounded them does still.
+        self.before = self.others.copy()
         loosened = self.others.astype(np.int32) + self.moves.shift
         self.others[:] = np.clip(loosened, LOWEST, UNKNOWN)
         self.own += self.moves.down[self.labels]
-        some = np.flatnonzero(self._crossed(slice(None)).any(axis=1))
-        if not len(some):
-            return some, self.labels[:0]
-        known = some[self.labels[some] >= 0]
-        self.own[known] = self._scores_of(known, self.labels[known])
-        crossed = self._crossed(some)
+        some = np.flatnonzero(self._crossed(slice(None)).any(axis=0))
         stays = (self.labels[some] >= 0) & ~self.moves.moved[self.labels[some]]
+        few = stays & self._together(self._crossed(some), self.moves.some)
+        few[few] = self._lose_to_own(some[few])
+        some, stays = some[~few], stays[~few]
+        self._tighten(some, stays)
+        crossed = self._crossed(some)
+        wide = ~stays & self._together(crossed, self.moves.every)
+        changed = [self._compare_all(some[wide])]
+        some, crossed, stays = some[~wide], crossed[:, ~wide], stays[~wide]
+        if len(some):
+            changed.append(self._compare_groups(some, crossed, stays))
+        rows, labels = (np.concatenate(part) for part in zip(*changed, strict=True))
+        order = np.argsort(rows)
+        return rows[order], labels[order]
+
+    def _tighten(self, some: np.ndarray, stays: np.ndarray) -> None:
+        """Compute the scores of rows with their own centroids, unless they meet all others even so."""
+        known = self.labels[some] >= 0
+        wide = known & ~stays & self._together(self._crossed(some), self.moves.every)
+        sample = some[wide][::SAMPLED]
+        self._set_own(sample)
+        if np.sum(self._together(self._crossed(sample), self.moves.every)) < 0.9 * len(sample):
+            wide[:] = False
+        self._set_own(some[known & ~wide])
+
+    def _compare_groups(
+        self, some: np.ndarray, crossed: np.ndarray, stays: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Compare rows with groups that crossed; returns those that changed, and their labels before."""
         self.best = self.own.copy()
         # The best score but one in the group of the best, and whose is the best.
         self.second = np.empty(len(self.x))
         self.second_to = np.full(len(self.x), -1, np.int64)
-        for g, (every, moved) in enumerate(self.moves.groups):
-            # A row whose centroid stays where it is beats those that stay, too.
-            base = UNIT * before[:, g] + self.of.carry[g] - self.of.error
-            self._compare(g, some[crossed[:, g] & ~stays], *every, None)
-            self._compare(g, some[crossed[:, g] & stays], *moved, base)
+        unmoved = self._unmoved(slice(None))
+        for g in range(len(self.others)):
+            self._compare(g, some[crossed[g] & ~stays], self.moves.every, None)
+            self._compare(g, some[crossed[g] & stays], self.moves.some, unmoved[g])
         return self._settle()
 
     def _crossed(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Whether a centroid of each group may beat a row's own, bool [r, groups]."""
-        most = np.float32(UNIT) * self.others[rows] + self.moves.carry.astype(np.float32)
-        return most >= (self.own[rows] - np.float32(self.of.error))[:, None]
+        """Whether a centroid of each group may beat a row's own, bool [groups, r]."""
+        most = np.float32(UNIT) * self.others[:, rows] + self.moves.carry.astype(np.float32)
+        return most >= self.own[rows] - np.float32(self.of.error)
 
-    def _scores_of(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        products = np.einsum("nd,nd->n", self.x.take(rows, 0), self.moves.centroids.take(labels, 0))
+    def _together(self, crossed: np.ndarray, some: _Some) -> np.ndarray:
+        """Whether a row meets all of some centroids at once, as it must meet many of them: bool [r]."""
+        sizes = np.array([end - start for start, end in some.places], np.float32)
+        return sizes @ crossed >= min(WIDE * sizes.sum(), sizes.sum() - FEW)
+
+    def _set_own(self, rows: np.ndarray) -> None:
+        labels = self.labels[rows]
+        products = np.einsum("nd,nd->n", self._rows(rows), self.moves.centroids.take(labels, 0))
         self.of.products += len(rows)
-        return products - self.moves.half_norms[labels]
+        self.own[rows] = products - self.moves.half_norms[labels]
 
-    def _bound(self, scores: np.ndarray, g: np.ndarray | int) -> np.ndarray:
+    def _bound(self, scores: np.ndarray, carry: np.ndarray | float) -> np.ndarray:
         """Return upper bounds of computed scores as they are kept."""
         # In float64, so that bounds which are taken over again and again lose nothing.
-        units = np.ceil((scores.astype(np.float64) + self.of.error - self.moves.carry[g]) / UNIT)
+        units = np.ceil((scores.astype(np.float64) + (self.of.error - carry)) / UNIT)
         return np.clip(units, LOWEST, UNKNOWN).astype(np.int16)
 
-    def _compare(
-        self,
-        g: int,
-        rows: np.ndarray,
-        ids: np.ndarray,
-        centroids: np.ndarray,
-        half_norms: np.ndarray,
-        base: np.ndarray | None,
-    ) -> None:
-        """Compare rows with centroids of a group; base float64 [n] bounds scores of its others."""
-        if not len(ids):
-            self.others[rows, g] = self._bound(base[rows], g)
+    def _unmoved(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Return what bounds computed scores of centroids but the own that did not move, [groups, r]."""
+        return UNIT * self.before[:, rows] + (self.of.carry - self.of.error)
+
+    def _rows(self, part: np.ndarray) -> np.ndarray:
+        """Return rows by their ascending places, copied where they are not all that are beside each other."""
+        if len(part) and part[-1] - part[0] == len(part) - 1:
+            return self.x[part[0] : part[-1] + 1]
+        return self.x.take(part, 0)
+
+    def _compare_all(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Compare rows with all centroids; returns those whose label changed, and their labels before."""
+        every, before = self.moves.every, self.labels[rows]
+        place, score = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        bounds = np.empty((len(self.others), len(rows)), np.float32)
+        for first in range(0, len(rows), every.rows):
+            part = slice(first, first + every.rows)
+            place[part], score[part], bounds[:, part] = every.nearest(self._rows(rows[part]))
+        self.of.products += len(rows) * len(every.ids)
+        close = np.flatnonzero(bounds.max(axis=0) >= score - self.margin)
+        chosen, at = self._direct(rows[close])
+        other = np.flatnonzero(chosen != place[close])
+        beaten, chosen = close[other], chosen[other]
+        group = self.of.group[every.ids[place[beaten]]]
+        bounds[group, beaten] = np.maximum(bounds[group, beaten], score[beaten])
+        place[beaten], score[beaten] = chosen, at[other]
+        self.own[rows], self.others[:, rows] = score, self._bound(bounds, self.moves.carry)
+        self.labels[rows] = every.ids[place]
+        changed = np.flatnonzero(self.labels[rows] != before)
+        return rows[changed], before[changed]
+
+    def _direct(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return place and score of the nearest centroid of rows, by direct differences where it is close."""
+        every = self.moves.every
+        place, score = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        step = max(1, TILE_PRODUCTS // len(every.ids))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            scores = self.x.take(part, 0) @ every.centroids.T - every.half_norms
+            self.of.products += scores.size
+            near = flat_nonzero(scores >= (scores.max(axis=1) - self.margin)[:, None])
+            row, at = np.divmod(near, scores.shape[1])
+            at = at[nearest_pairs(self.x, part[row], self.moves.centroids, every.ids[at])]
+            place[first : first + step] = at
+            score[first : first + step] = scores[np.arange(len(part)), at]
+        return place, score
+
+    def _lose_to_own(self, rows: np.ndarray) -> np.ndarray:
+        """Compare rows whose centroid stays with those that moved: where they lose for sure, bool [r]."""
+        some = self.moves.some
+        best = np.full((len(self.others), len(rows)), -np.inf, np.float32)
+        for first in range(0, len(rows) if len(some.ids) else 0, some.rows):
+            part = slice(first, first + some.rows)
+            best[some.groups, part] = some.best_of_groups(self._rows(rows[part]))
+        self.of.products += len(rows) * len(some.ids)
+        lose = best.max(axis=0) < self.own[rows] - self.margin
+        rows = rows[lose]
+        bounds = np.maximum(best[:, lose], self._unmoved(rows))
+        self.others[:, rows] = self._bound(bounds, self.moves.carry)
+        return lose
+
+    def _compare(self, g: int, rows: np.ndarray, some: _Some, base: np.ndarray | None) -> None:
+        """Compare rows with some centroids of a group; base float64 [n] bounds scores of its others."""
+        start, end = some.places[g]
+        carry = self.moves.carry[g]
+        if start == end:
+            self.others[g, rows] = self._bound(base[rows], carry)
             return
-        start, end = self.of.places[g]
+        ids = some.ids[start:end]
         step = max(TILE_QUERIES, TILE_PRODUCTS // len(ids))
         buffer = np.empty((min(step, len(rows)), len(ids)), np.float32)
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
-            x = self.x[part[0] : part[-1] + 1]
-            x = x if len(part) == len(x) else self.x.take(part, 0)
-            scores = np.matmul(x, centroids.T, out=buffer[: len(part)])
-            scores -= half_norms
+            scores = np.matmul(self._rows(part), some.centroids[start:end].T, out=buffer[: len(part)])
+            scores -= some.half_norms[start:end]
             self.of.products += scores.size
             if base is None:
-                own = self.of.place[self.labels[part]]
-                inside = np.flatnonzero((own >= start) & (own < end) & (self.labels[part] >= 0))
-                scores[inside, own[inside] - start] = -np.inf
+                inside = np.flatnonzero((self.labels[part] >= 0) & (self.of.group[self.labels[part]] == g))
+                scores[inside, np.searchsorted(ids, self.labels[part[inside]])] = -np.inf
             top = scores.max(axis=1)
             self._note(part, ids, scores, top, base)
             most = top if base is None else np.maximum(top, base[part])
-            self.others[part, g] = self._bound(most, g)
+            self.others[g, part] = self._bound(most, carry)
 
     def _note(
         self, part: np.ndarray, ids: np.ndarray, scores: np.ndarray, top: np.ndarray, base: np.ndarray | None
@@ -257,12 +398,13 @@ class _Block:
         row, column, score = row[changed], column[changed], score[changed]
         before = self.labels[row]
         group = self.of.group[column]
+        carry = self.moves.carry[:, 0]
         led = np.flatnonzero(self.second_to[row] == column)
-        self.others[row[led], group[led]] = self._bound(self.second[row[led]], group[led])
+        self.others[group[led], row[led]] = self._bound(self.second[row[led]], carry[group[led]])
         left = np.flatnonzero(before >= 0)
         there = self.of.group[before[left]]
-        self.others[row[left], there] = np.maximum(
-            self.others[row[left], there], self._bound(self.own[row[left]], there)
+        self.others[there, row[left]] = np.maximum(
+            self.others[there, row[left]], self._bound(self.own[row[left]], carry[there])
         )
         self.own[row], self.labels[row] = score, column
         return row, before

@@ -20,8 +20,8 @@ from selective_ray.schema import Partial, farthest
 
 # More repairs than this after the last iteration would mean that the objective does not fall any more.
 MAX_EXTRA_ITERATIONS = 10_000
-# Coordinates that are turned into integers at a time: 1 MB of int64.
-FIXED_ENTRIES = 1 << 17
+# Coordinates that are turned into integers at a time: 256 KB of int64.
+FIXED_ENTRIES = 1 << 15
 # Sums that travel in one Partial: 64 MB of int64. More clusters are reduced in ranges, one after the other.
 RANGE_ENTRIES = 1 << 23
 
@@ -106,14 +106,18 @@ class Rows:
 
     def _add(self, rows: np.ndarray, labels: np.ndarray, sign: int) -> None:
         """Add rows to the sums of some clusters, or take them out."""
-        order = np.argsort(labels, kind="stable")
+        # Sorting integers of 16 bits takes a tenth of the time.
+        short = labels.astype(np.uint16) if len(self.counts) <= 2**16 else labels
+        order = np.argsort(short, kind="stable")
         rows, labels = rows[order], labels[order]
         step = max(1, FIXED_ENTRIES // self.x.shape[1])
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            clusters, first = np.unique(labels[part], return_index=True)
-            fixed = np.rint(self.x.take(rows[part], 0) * np.float32(self.scale)).astype(np.int64)
-            self.sums[clusters] += sign * np.add.reduceat(fixed, first, axis=0)
+            first = np.append(0, np.flatnonzero(np.diff(labels[part])) + 1)
+            scaled = self.x.take(rows[part], 0)
+            scaled *= np.float32(self.scale)
+            fixed = np.rint(scaled, out=scaled).astype(np.int64)
+            self.sums[labels[part][first]] += sign * np.add.reduceat(fixed, first, axis=0)
         self.counts += sign * np.bincount(labels, minlength=len(self.counts))
 
     def _farthest(self, centroids: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -63,6 +63,9 @@ def test_bounds_change_nothing(kind, seed):
         patch.setattr(assignment, "GROUP_CENTROIDS", int(rng.integers(1, 5)))
         patch.setattr(assignment, "TILE_QUERIES", 3)
         patch.setattr(assignment, "TILE_PRODUCTS", 20)
+        patch.setattr(assignment, "TILE_CENTROIDS", int(rng.integers(1, 9)))
+        patch.setattr(assignment, "WIDE", float(rng.choice([0.3, 0.9, 2.0])))
+        patch.setattr(assignment, "FEW", int(rng.integers(-1, 5)))
         patch.setattr(assignment, "BLOCK_ENTRIES", int(rng.integers(1, 40)) * x.shape[1])
         check(assignment.Assignment(x), rng, x, kind)
 
@@ -111,12 +114,13 @@ def test_lloyd_by_bounds_equals_lloyd_by_all_distances_and_computes_fewer(blobs)
             plain[c] = x[labels == c].mean(axis=0, dtype=np.float64)
         assert np.allclose(centroids, plain, atol=1e-7)
         plain = centroids
-    assert computed[0] == len(x) * 130
-    assert sum(computed[-5:]) < 0.1 * 5 * computed[0]
+    # Four copies of every row: the nearest are too close to call for many.
+    assert len(x) * 130 <= computed[0] < 2 * len(x) * 130
+    assert sum(computed[-5:]) < 0.1 * 5 * len(x) * 130
 
 
 def test_bounds_take_sixteen_bytes_a_row():
     x = unit(np.random.default_rng(0).normal(size=(500, 8)))
     kept = assignment.Assignment(x)
     kept.assign(x)
-    assert kept.own.itemsize + kept.others.itemsize * kept.others.shape[1] == 16
+    assert kept.own.itemsize + kept.others.itemsize * kept.others.shape[0] == 16
