@@ -1,8 +1,9 @@
 """Training: the speed of a worker beside a plain PyTorch loop, and what is learned from which labels.
 
     python benchmarks/training.py speed cifar10/ --steps 6 --pairs 5
-    python benchmarks/training.py learning digits --seeds 5
-    python benchmarks/training.py learning cifar10/ --images-used 4000 --seeds 5 --size 16
+    python benchmarks/training.py learning digits --steps 600
+    python benchmarks/training.py learning cifar10/ --steps 600 --size 16 --encoder squeezenet1_1 \\
+        --checkpoint squeezenet1_1.pth --embed-size 96
 
 speed: WRN-28-2 with 64 + 448 images of 32 pixels a step. The plain loop is one process with a DataLoader
 over decoded images in memory, the same network and the same views; both have all threads. Start-up is left
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from selective_ray import augment, classifiers, config, fixmatch, held_out, labeling
 from selective_ray.actors import demo, pipeline
+from selective_ray.actors.session import Session
 from selective_ray.actors.training import train
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
@@ -232,5 +234,7 @@ if __name__ == "__main__":
     parser.add_argument("--embed-size", type=int, default=8)
     parser.add_argument("--images-used", type=int, default=4000)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, Session() as session:
+        # One Ray for all of them.
+        session.start()
         {"speed": speed, "learning": learning}[arguments.what](arguments, Path(place))

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +213,127 @@ def test_metrics_are_lines_of_json(labeled, whole):
 
 
 @pytest.mark.faults
+def test_a_training_continues_to_the_bit_from_the_last_whole_checkpoint(labeled, others):
+    trained(labeled, "at-once", others)
+    done, summary = trained(labeled, "in-parts", others, until=8)
+    assert done is None and summary["steps"] == 8
+    parts = Training(labeled, "in-parts")
+    assert [step for step, _ in parts.checkpoints()] == [8, 4]
+    newest = parts.checkpoints()[0][1]
+    data = bytearray(labeled.read_bytes(parts.table, newest))
+    data[len(data) // 2] ^= 1
+    labeled.write_bytes(bytes(data), parts.table, newest)
+    reporter = Reporter(quiet=True)
+    done, _ = trained(labeled, "in-parts", others, reporter)
+    assert done is not None
+    assert any(newest in words and "is damaged" in words for words in reporter.warnings)
+    step, mine = state(labeled, "in-parts")
+    expected_step, expected = state(labeled, "at-once")
+    assert step == expected_step == 12
+    for name, value in expected.items():
+        assert torch.equal(mine[name], value), name
+    assert without_speed(parts.metrics()) == without_speed(Training(labeled, "at-once").metrics())
+
+
+@pytest.mark.faults
+def test_two_workers_train_as_one_does(labeled):
+    for name, workers in (("one", 1), ("two", 2)):
+        options = {"train.precision": "float64", "resources.workers": workers, "train.batch": 7}
+        trained(labeled, name, **options)
+    (_, one), (_, two) = state(labeled, "one"), state(labeled, "two")
+    for name, value in one.items():
+        assert torch.allclose(value.double(), two[name].double(), rtol=0, atol=1e-6), name
+    assert Training(labeled, "two").metrics()[-1]["loss"] == pytest.approx(
+        Training(labeled, "one").metrics()[-1]["loss"], abs=1e-6
+    )
+
+
+@pytest.mark.faults
+def test_a_class_without_labels_is_told_of(labeled, tmp_path):
+    file = tmp_path / "held-out.csv"
+    image = paint(tmp_path / "images", 3, 0) / "red" / "002.png"
+    file.write_text(f"uri,label\n{image},red\n{image},purple\n")
+    reporter = Reporter(quiet=True)
+    done, _ = trained(labeled, "purple", held_out.read(str(file)), reporter, **{"train.steps": 2})
+    assert any("no labeled image is of purple" in words for words in reporter.warnings)
+    assert done.summary["accuracy"] <= 0.5
+
+
+@pytest.mark.faults
 def test_numbers_go_to_weights_and_biases(labeled):
     trained(labeled, "shown", **{"train.steps": 2, "resources.wandb": "tests"})
     identity = f"shown-{Training(labeled, 'shown').fingerprint()}"
     (offline,) = Path(os.environ["WANDB_DIR"]).glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")
     assert b"mask_rate" in offline.read_bytes()
+
+
+TRAIN = """
+import json, sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from selective_ray import config
+from selective_ray.actors.training import train
+from selective_ray.progress import Reporter
+from selective_ray.store import Run
+from selective_ray.training import Training
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+run, name, options = Run(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+
+def kill_one():
+    while len(Training(run, name).checkpoints()) < 2:
+        time.sleep(0.01)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    print("killed", flush=True)
+
+threading.Thread(target=kill_one, daemon=True).start()
+settings, _ = config.load(options=options, own_embeddings=True)
+reporter = Reporter(quiet=True)
+done, summary = train(run, settings, name, reporter)
+print(json.dumps(reporter.warnings))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_training(labeled):
+    """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
+    options = {**SMALL, "train.steps": 200, "train.checkpoint_every": 10, "resources.workers": 2}
+    words = [sys.executable, "-c", TRAIN, labeled.uri, "node", json.dumps(options)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert "killed" in answer.stdout and "goes on from step" in answer.stdout
+    steps = [line["steps"] for line in Training(labeled, "node").metrics()]
+    assert sum(steps) == 200 and labeled.manifest("training/node") is not None
+
+
+@pytest.mark.faults
+def test_the_driver_killed_while_training(labeled):
+    """The same command goes on from the newest checkpoint, and ends as one that was not killed."""
+    options = {**SMALL, "train.steps": 120, "train.checkpoint_every": 10}
+    sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    words = [sys.executable, "-m", "selective_ray", "train", "--run", labeled.uri, "--debug", *sets]
+    words += ["--name", "driver"]
+    folder = Training(labeled, "driver")
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while len(folder.checkpoints()) < 2:
+            assert driver.poll() is None, driver.stderr.read()
+            time.sleep(0.002)
+        driver.kill()
+        driver.wait(60)
+    finally:
+        driver.kill()
+        driver.stderr.close()
+    assert labeled.manifest(folder.table) is None, "it was finished before the kill"
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "120 steps" in answer.stdout
+    trained(labeled, "quiet", **options)
+    (_, mine), (_, quiet) = state(labeled, "driver"), state(labeled, "quiet")
+    assert all(torch.equal(mine[name], value) for name, value in quiet.items())
+    assert without_speed(folder.metrics()) == without_speed(Training(labeled, "quiet").metrics())

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selective_ray import checkpoints, labeling, training_page
 from selective_ray.actors.model import exported
@@ -45,7 +46,7 @@ WORKER_CPUS = 0.45
 FAILURES = 3
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0)
 class Desk:
     """Where workers leave word for the driver."""
 
@@ -125,7 +126,7 @@ def train(
             threads=max(1, cpus() // workers),
             tasks=max(1, cpus() // workers),
             board=config.resources.wandb,
-            desk=Desk.remote(),
+            desk=_desk(),
         )
         started = time.monotonic()
         memory = _until_done(job, workers, each, reporter, lease.check)
@@ -141,6 +142,12 @@ def train(
             training.table, [], seconds=summary["seconds"], peak_memory_bytes=peaks, summary=summary
         )
         return done, summary
+
+
+def _desk() -> Any:
+    """Start the desk on the driver's machine, so that none of those that come and go takes it along."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Desk.options(scheduling_strategy=here).remote()
 
 
 def _labels(run: Run, reporter: Reporter) -> dict[int, str]:
