@@ -3,7 +3,8 @@
 A row compares by its score with a centroid, x·c - |c|²/2: the nearest has the largest. Centroids are in a few
 groups, and a row keeps a lower bound of its own centroid's score and an upper bound of the others' in each
 group. When centroids move, the bounds loosen by how far; only where they cross are scores computed again
-(Ding et al., Yinyang K-Means, ICML 2015). The bounds allow for every rounding, and scores closer than their
+(Ding et al., Yinyang K-Means, ICML 2015). A few centroids move much farther than all others: these every row
+meets again, so that they loosen nothing. The bounds allow for every rounding, and scores closer than their
 error are settled by direct differences, so the labels are those of comparing every row with every centroid.
 """
 
@@ -30,8 +31,11 @@ LOWEST, UNKNOWN = -(2**15), 2**15 - 1
 SLACK = 2.0**-20
 # Centroids that a tile of products has at most.
 TILE_CENTROIDS = 1024
-# A row that must meet this share of some centroids, or all but so few of them, meets them all at once.
-WIDE, FEW = 0.5, 64
+# A row that must meet this share of all centroids meets them all at once.
+WIDE = 0.5
+# What it costs to meet the fast centroids, beside their products and in products; and the share of all centroids
+# that rows meet for each unit that bounds loosen by, before it is known.
+FAST_COST, LOOSE_SHARE = 32, 20.0
 # One of so many rows tells whether to tighten bounds is of use.
 SAMPLED = 16
 # Coordinates of the rows that are looked at together: 8 MB, which stay in a large cache.
@@ -72,6 +76,7 @@ class Assignment:
         if first:
             self._begin(centroids)
         moves = _Moves(self, centroids)
+        computed = self.products
         changed = [np.empty(0, np.int64)]
         before = [np.empty(0, np.int32)]
         step = max(1, BLOCK_ENTRIES // self.x.shape[1])
@@ -80,6 +85,8 @@ class Assignment:
             changed.append(rows + start)
             before.append(labels)
         self.centroids, self.carry = centroids, moves.carry
+        share = (self.products - computed) / max(1, len(self.x)) - len(moves.fast.ids)
+        moves.learn(self, share / len(centroids))
         return np.concatenate(changed), np.concatenate(before)
 
     def _begin(self, centroids: np.ndarray) -> None:
@@ -93,6 +100,7 @@ class Assignment:
         self.others = np.full((count, len(self.x)), UNKNOWN, np.int16)
         # What all bounds of a group have loosened by and does not make a unit yet.
         self.carry = np.zeros((count, 1))
+        self.loose_share = LOOSE_SHARE
 
 
 class _Some:
@@ -130,18 +138,26 @@ class _Some:
         scores -= self.half_norms[start:stop]
         return scores
 
-    def best_of_groups(self, x: np.ndarray) -> np.ndarray:
-        """Return the best score of a few rows in each group there is, float32 [groups, r]."""
+    def best_of_groups(self, x: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best score of a few rows in each group there is, but for their own, and that one.
+
+        own int64 [r]: places of their own centroids, -1 where it is not one of these. Both float32, [groups,
+        r] and [r], with -inf where there is none.
+        """
         best = np.empty((len(self.pieces), len(x)), np.float32)
+        own_score = np.full(len(x), -np.inf, np.float32)
         for start, stop, pieces in self.tiles:
             # A line for each centroid: lines are compared faster than what is beside each other.
             scores = self.tile[: len(x) * (stop - start)].reshape(stop - start, len(x))
             np.matmul(self.centroids[start:stop], x.T, out=scores)
             scores -= self.half_norms[start:stop, None]
+            here = np.flatnonzero((own >= start) & (own < stop))
+            own_score[here] = scores[own[here] - start, here]
+            scores[own[here] - start, here] = -np.inf
             begins = [*(self.pieces[pieces] - start).tolist(), stop - start]
             for out, (begin, end) in zip(best[pieces], itertools.pairwise(begins), strict=True):
                 scores[begin:end].max(axis=0, out=out)
-        return np.maximum.reduceat(best, self.first_piece, axis=0)
+        return np.maximum.reduceat(best, self.first_piece, axis=0), own_score
 
     def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return place and score of the best centroid of a few rows, and the best other of each group."""
@@ -169,33 +185,52 @@ class _Moves:
     def __init__(self, assignment: Assignment, centroids: np.ndarray) -> None:
         before = assignment.centroids
         self.centroids = centroids
-        self.moved = np.zeros(len(centroids), bool)
+        moved = np.zeros(len(centroids), bool)
         norms = np.empty(len(centroids))
         down, up = np.zeros(len(centroids)), np.zeros(len(centroids))
         for start in range(0, len(centroids), 4096):
             part = slice(start, start + 4096)
             now, then = centroids[part].astype(np.float64), before[part].astype(np.float64)
             norms[part] = np.einsum("cd,cd->c", now, now)
-            self.moved[part] = (now != then).any(axis=1)
+            moved[part] = (now != then).any(axis=1)
             # A score changes by x·move less half of what |c|² grows by.
             reach = assignment.norm * np.sqrt(np.einsum("cd,cd->c", now - then, now - then))
             grown = (norms[part] - np.einsum("cd,cd->c", then, then)) / 2
             down[part], up[part] = -reach - grown - SLACK / 2, reach - grown
-        self.down = np.where(self.moved, down, 0.0).astype(np.float32)
-        up[~self.moved] = 0.0
+        up[~moved] = down[~moved] = 0.0
+        self.down = down.astype(np.float32)
         self.half_norms = (norms / 2).astype(np.float32)
         largest = max(1.0, math.sqrt(norms.max()))
         # Of one score, which is half of a squared distance but for |x|².
         error = product_error(assignment.x.shape[1], max(1.0, assignment.norm), largest) / 2 + SLACK
         assignment.error = max(assignment.error, error)
-        order, group = assignment.order, assignment.group
-        self.every = _Some(order, self, group, len(assignment.carry))
-        self.some = _Some(order[self.moved[order]], self, group, len(assignment.carry))
-        loosened = (
-            assignment.carry + np.maximum.reduceat(up[order], [p for p, _ in self.every.places])[:, None]
-        )
+        order, group, count = assignment.order, assignment.group, len(assignment.carry)
+        self.every = _Some(order, self, group, count)
+        fast = self._fast(np.maximum(up, -down), assignment.loose_share)
+        up[fast] = 0.0
+        self.fast = _Some(order[fast[order]], self, group, count)
+        self.place = np.full(len(centroids), -1)
+        self.place[self.fast.ids] = np.arange(len(self.fast.ids))
+        firsts = [first for first, _ in self.every.places]
+        loosened = assignment.carry + np.maximum.reduceat(up[order], firsts)[:, None]
         self.shift = np.floor(loosened / UNIT).astype(np.int32)
         self.carry = loosened - self.shift * UNIT
+
+    def _fast(self, far: np.ndarray, loose_share: float) -> np.ndarray:
+        """Choose the centroids that every row meets, bool [c]: as many as make the fewest products in all."""
+        by_far = np.sort(far)[::-1]
+        counts = np.unique(np.geomspace(1, len(far), 40).astype(np.int64))
+        counts = np.concatenate([[0], counts[counts < len(far)]])
+        self.loosened = by_far[counts]
+        bounds = len(far) * np.minimum(1.0, loose_share * self.loosened)
+        best = (counts + np.where(counts > 0, FAST_COST, 0) + bounds).argmin()
+        self.loosened = self.loosened[best]
+        return far > self.loosened if best else np.zeros(len(far), bool)
+
+    def learn(self, assignment: Assignment, share: float) -> None:
+        """Note which share of all centroids rows have met because bounds have loosened."""
+        if self.loosened > 0 and share < 0.9:
+            assignment.loose_share = max(share / self.loosened, 1e-3)
 
 
 class _Block:
@@ -210,49 +245,53 @@ class _Block:
 
     def update(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows whose label changed, and their labels before."""
-        # A row whose centroid stays where it is beats those that stay, too: what bounded them does still.
-        self.before = self.others.copy()
         loosened = self.others.astype(np.int32) + self.moves.shift
         self.others[:] = np.clip(loosened, LOWEST, UNKNOWN)
         self.own += self.moves.down[self.labels]
+        if len(self.moves.fast.ids):
+            self._meet_fast()
         some = np.flatnonzero(self._crossed(slice(None)).any(axis=0))
-        stays = (self.labels[some] >= 0) & ~self.moves.moved[self.labels[some]]
-        few = stays & self._together(self._crossed(some), self.moves.some)
-        few[few] = self._lose_to_own(some[few])
-        some, stays = some[~few], stays[~few]
-        self._tighten(some, stays)
+        self._tighten(some)
         crossed = self._crossed(some)
-        wide = ~stays & self._together(crossed, self.moves.every)
+        wide = self._together(crossed)
         changed = [self._compare_all(some[wide])]
-        some, crossed, stays = some[~wide], crossed[:, ~wide], stays[~wide]
+        some, crossed = some[~wide], crossed[:, ~wide]
         if len(some):
-            changed.append(self._compare_groups(some, crossed, stays))
+            changed.append(self._compare_groups(some, crossed))
         rows, labels = (np.concatenate(part) for part in zip(*changed, strict=True))
         order = np.argsort(rows)
         return rows[order], labels[order]
 
-    def _tighten(self, some: np.ndarray, stays: np.ndarray) -> None:
+    def _meet_fast(self) -> None:
+        """Compute the scores of all rows with the fast centroids, which loosen no bounds."""
+        fast = self.moves.fast
+        own = np.where(self.labels >= 0, self.moves.place[self.labels], -1)
+        for first in range(0, len(self.x), fast.rows):
+            part = slice(first, first + fast.rows)
+            best, score = fast.best_of_groups(self.x[part], own[part])
+            bounds = self._bound(best, self.moves.carry[fast.groups])
+            self.others[fast.groups, part] = np.maximum(self.others[fast.groups, part], bounds)
+            self.own[part] = np.where(own[part] >= 0, score, self.own[part])
+        self.of.products += len(self.x) * len(fast.ids)
+
+    def _tighten(self, some: np.ndarray) -> None:
         """Compute the scores of rows with their own centroids, unless they meet all others even so."""
         known = self.labels[some] >= 0
-        wide = known & ~stays & self._together(self._crossed(some), self.moves.every)
+        wide = known & self._together(self._crossed(some))
         sample = some[wide][::SAMPLED]
         self._set_own(sample)
-        if np.sum(self._together(self._crossed(sample), self.moves.every)) < 0.9 * len(sample):
+        if np.sum(self._together(self._crossed(sample))) < 0.9 * len(sample):
             wide[:] = False
         self._set_own(some[known & ~wide])
 
-    def _compare_groups(
-        self, some: np.ndarray, crossed: np.ndarray, stays: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _compare_groups(self, some: np.ndarray, crossed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compare rows with groups that crossed; returns those that changed, and their labels before."""
         self.best = self.own.copy()
         # The best score but one in the group of the best, and whose is the best.
         self.second = np.empty(len(self.x))
         self.second_to = np.full(len(self.x), -1, np.int64)
         for g in range(len(self.others)):
-            self._compare(g, some[crossed[g] & ~stays], self.moves.every, None)
-            rows = some[crossed[g] & stays]
-            self._compare(g, rows, self.moves.some, self._unmoved(rows)[g])
+            self._compare(g, some[crossed[g]])
         return self._settle()
 
     def _crossed(self, rows: np.ndarray | slice) -> np.ndarray:
@@ -260,10 +299,10 @@ class _Block:
         most = np.float32(UNIT) * self.others[:, rows] + self.moves.carry.astype(np.float32)
         return most >= self.own[rows] - np.float32(self.of.error)
 
-    def _together(self, crossed: np.ndarray, some: _Some) -> np.ndarray:
-        """Whether a row meets all of some centroids at once, as it must meet many of them: bool [r]."""
-        sizes = np.array([end - start for start, end in some.places], np.float32)
-        return sizes @ crossed >= min(WIDE * sizes.sum(), sizes.sum() - FEW)
+    def _together(self, crossed: np.ndarray) -> np.ndarray:
+        """Whether a row meets all centroids at once, as it must meet many of them: bool [r]."""
+        sizes = np.array([end - start for start, end in self.moves.every.places], np.float32)
+        return sizes @ crossed >= WIDE * sizes.sum()
 
     def _set_own(self, rows: np.ndarray) -> None:
         labels = self.labels[rows]
@@ -276,10 +315,6 @@ class _Block:
         # In float64, so that bounds which are taken over again and again lose nothing.
         units = np.ceil((scores.astype(np.float64) + (self.of.error - carry)) / UNIT)
         return np.clip(units, LOWEST, UNKNOWN).astype(np.int16)
-
-    def _unmoved(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Return what bounds computed scores of centroids but the own that did not move, [groups, r]."""
-        return UNIT * self.before[:, rows] + (self.of.carry - self.of.error)
 
     def _rows(self, part: np.ndarray) -> np.ndarray:
         """Return rows by their ascending places, copied where they are not all that are beside each other."""
@@ -324,47 +359,25 @@ class _Block:
             score[first : first + step] = scores[np.arange(len(part)), at]
         return place, score
 
-    def _lose_to_own(self, rows: np.ndarray) -> np.ndarray:
-        """Compare rows whose centroid stays with those that moved: where they lose for sure, bool [r]."""
-        some = self.moves.some
-        best = np.full((len(self.others), len(rows)), -np.inf, np.float32)
-        for first in range(0, len(rows) if len(some.ids) else 0, some.rows):
-            part = slice(first, first + some.rows)
-            best[some.groups, part] = some.best_of_groups(self._rows(rows[part]))
-        self.of.products += len(rows) * len(some.ids)
-        lose = best.max(axis=0) < self.own[rows] - self.margin
-        rows = rows[lose]
-        bounds = np.maximum(best[:, lose], self._unmoved(rows))
-        self.others[:, rows] = self._bound(bounds, self.moves.carry)
-        return lose
-
-    def _compare(self, g: int, rows: np.ndarray, some: _Some, base: np.ndarray | None) -> None:
-        """Compare rows with some centroids of a group; base float64 [r] bounds scores of its others."""
-        start, end = some.places[g]
-        carry = self.moves.carry[g]
-        if start == end:
-            self.others[g, rows] = self._bound(base, carry)
-            return
-        ids = some.ids[start:end]
+    def _compare(self, g: int, rows: np.ndarray) -> None:
+        """Compare rows with the centroids of a group."""
+        every, carry = self.moves.every, self.moves.carry[g]
+        start, end = every.places[g]
+        ids = every.ids[start:end]
         step = max(TILE_QUERIES, TILE_PRODUCTS // len(ids))
         buffer = np.empty((min(step, len(rows)), len(ids)), np.float32)
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
-            scores = np.matmul(self._rows(part), some.centroids[start:end].T, out=buffer[: len(part)])
-            scores -= some.half_norms[start:end]
+            scores = np.matmul(self._rows(part), every.centroids[start:end].T, out=buffer[: len(part)])
+            scores -= every.half_norms[start:end]
             self.of.products += scores.size
-            if base is None:
-                inside = np.flatnonzero((self.labels[part] >= 0) & (self.of.group[self.labels[part]] == g))
-                scores[inside, np.searchsorted(ids, self.labels[part[inside]])] = -np.inf
+            inside = np.flatnonzero((self.labels[part] >= 0) & (self.of.group[self.labels[part]] == g))
+            scores[inside, np.searchsorted(ids, self.labels[part[inside]])] = -np.inf
             top = scores.max(axis=1)
-            below = None if base is None else base[first : first + step]
-            self._note(part, ids, scores, top, below)
-            most = top if below is None else np.maximum(top, below)
-            self.others[g, part] = self._bound(most, carry)
+            self._note(part, ids, scores, top)
+            self.others[g, part] = self._bound(top, carry)
 
-    def _note(
-        self, part: np.ndarray, ids: np.ndarray, scores: np.ndarray, top: np.ndarray, base: np.ndarray | None
-    ) -> None:
+    def _note(self, part: np.ndarray, ids: np.ndarray, scores: np.ndarray, top: np.ndarray) -> None:
         """Keep the pairs that may be the best of their rows."""
         here = np.flatnonzero(top >= self.best[part] - self.margin)
         if not len(here):
@@ -381,10 +394,7 @@ class _Block:
         scores = scores[lead] if len(lead) < len(scores) else scores
         at = scores.argmax(axis=1)
         scores[np.arange(len(lead)), at] = -np.inf
-        second = scores.max(axis=1)
-        if base is not None:
-            second = np.maximum(second, base[here[lead]])
-        self.second[rows[lead]], self.second_to[rows[lead]] = second, ids[at]
+        self.second[rows[lead]], self.second_to[rows[lead]] = scores.max(axis=1), ids[at]
 
     def _settle(self) -> tuple[np.ndarray, np.ndarray]:
         """Choose the nearest among the pairs that were kept, by direct differences where they are close."""

@@ -65,7 +65,8 @@ def test_bounds_change_nothing(kind, seed):
         patch.setattr(assignment, "TILE_PRODUCTS", 20)
         patch.setattr(assignment, "TILE_CENTROIDS", int(rng.integers(1, 9)))
         patch.setattr(assignment, "WIDE", float(rng.choice([0.3, 0.9, 2.0])))
-        patch.setattr(assignment, "FEW", int(rng.integers(-1, 5)))
+        patch.setattr(assignment, "FAST_COST", int(rng.choice([0, 1000])))
+        patch.setattr(assignment, "LOOSE_SHARE", float(rng.choice([0.0, 2.0, 1e6])))
         patch.setattr(assignment, "BLOCK_ENTRIES", int(rng.integers(1, 40)) * x.shape[1])
         check(assignment.Assignment(x), rng, x, kind)
 
