@@ -33,8 +33,8 @@ SLACK = 2.0**-20
 TILE_CENTROIDS = 1024
 # A row that must meet this share of all centroids meets them all at once.
 WIDE = 0.5
-# What it costs to meet the fast centroids, beside their products and in products; and the share of all centroids
-# that rows meet for each unit that bounds loosen by, before it is known.
+# What it costs to meet the fast centroids beside their products, in products; and the share of all
+# centroids that rows meet for each unit that bounds loosen by, before it is known.
 FAST_COST, LOOSE_SHARE = 32, 20.0
 # One of so many rows tells whether to tighten bounds is of use.
 SAMPLED = 16

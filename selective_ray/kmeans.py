@@ -77,9 +77,12 @@ class Rows:
         self.assignment = assignment or Assignment(x)
         self.sums = np.empty((0, x.shape[1]), np.int64)
         self.counts = np.empty(0, np.int64)
-        origin = np.zeros((1, x.shape[1]), np.float32)
-        sq_norms = sq_dists_direct(x, np.arange(len(x)), origin, np.zeros(len(x), np.int64))
-        self.sq_norm = int(np.rint(sq_norms * self.scale).sum(dtype=np.int64))
+        self.sq_norm = 0
+        step = max(1, FIXED_ENTRIES // x.shape[1])
+        for start in range(0, len(x), step):
+            part = x[start : start + step].astype(np.float64)
+            sq_norms = np.einsum("nd,nd->n", part, part)
+            self.sq_norm += int(np.rint(sq_norms * self.scale).sum(dtype=np.int64))
 
     def step(self, centroids: np.ndarray, candidates: int = 0, clusters: slice = slice(None)) -> Partial:
         """Assign every row to its nearest centroid; return the Partial with the farthest `candidates`.
