@@ -22,7 +22,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from density import product_rate, rows
+from density import alone, product_rate, rows
 
 from selective_ray import config, kmeans
 from selective_ray.actors import pipeline
@@ -32,18 +32,26 @@ from selective_ray.store import Run
 THREADS = 2
 
 
-def stage(file: Path, m: int, *, half: bool = False, **cluster) -> dict:
-    """Run the whole stage in a Ray of its own; returns its figures, and its seconds with Ray's start."""
+def stage(file: Path, m: int, **how) -> dict:
+    """Run the whole stage in a Ray of its own; returns its figures, and its seconds with Ray's start.
+
+    In two processes, so that the peak memory of the second is that of the stage's driver.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        alone(advance, file, folder, m, "embeddings", **how)
+        return alone(advance, file, folder, m, "clusters", **how)
+
+
+def advance(file: Path, folder: str, m: int, upto: str, *, half: bool = False, **cluster) -> dict:
+    """Bring a run as far as a table; returns figures, with the seconds of this call."""
     options = {"selection.budget": m, **{f"cluster.{key}": value for key, value in cluster.items()}}
     options |= {"embed.dtype": "float16"} if half else {}
     settings, asked = config.load(options=options, own_embeddings=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        run, source = Run(folder + "/run"), pipeline.Source(embeddings=str(file))
-        pipeline.advance(run, source, settings, asked, Reporter(quiet=True), upto="embeddings")
-        start = time.perf_counter()
-        pipeline.advance(run, source, settings, asked, Reporter(quiet=True), upto="clusters")
-        seconds = time.perf_counter() - start
-        manifest = run.manifest("clusters")
+    run, source = Run(folder + "/run"), pipeline.Source(embeddings=str(file))
+    start = time.perf_counter()
+    pipeline.advance(run, source, settings, asked, Reporter(quiet=True), upto=upto)
+    seconds = time.perf_counter() - start
+    manifest = run.manifest(upto)
     peaks = {name: round(value / 2**20) for name, value in manifest.peak_memory_bytes.items()}
     return {"seconds": round(seconds, 1), "peak_mib": peaks, **manifest.summary}
 

@@ -75,7 +75,7 @@ def iteration(run: Run, clusters: int) -> float:
             )
             centroids = ray.put(pool.rows_at(rows)[1])
             start = time.perf_counter()
-            pool.all(lambda actor, sent=centroids: actor.kmeans_step.remote(sent, 0))
+            pool.all(lambda actor, sent=centroids: actor.kmeans_step.remote(sent, 0, slice(None)))
             taken.append(time.perf_counter() - start)
         pool.stop()
     return min(taken)
