@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup demo test faults check clean
+.PHONY: help setup demo test faults check wheel clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,5 +28,9 @@ test: setup ## Run the tests (under 15 minutes on two cores)
 faults: setup ## Kill every kind of process in every stage (under 45 minutes)
 	$(BIN)/python -m pytest -m faults
 
+wheel: setup ## Make the wheel that cluster.yaml installs on every machine
+	rm -rf dist build
+	$(BIN)/python -m uv build --quiet --wheel --python $(BIN)/python
+
 clean: ## Remove what setup and demo made
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo build dist *.egg-info

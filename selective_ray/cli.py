@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selective_ray import __version__, cli_labels, config
+from selective_ray import __version__, cli_cluster, cli_labels, config
 from selective_ray.cli_options import (
     Address,
     Budget,
@@ -44,7 +44,7 @@ from selective_ray.cli_options import (
 )
 from selective_ray.errors import UsageError, UserError
 from selective_ray.progress import Reporter
-from selective_ray.store import BEGUN, BROUGHT, OPTIONAL, PREDICTED, Run
+from selective_ray.store import Run
 
 # The common base of what typer says of missing, unknown and malformed options; typer exports only this heir.
 _WrongUsage = typer.BadParameter.__base__
@@ -230,35 +230,13 @@ def report(run: RunUri, endpoint_url: EndpointUrl = None, debug: Debug = False) 
 def status(
     run: RunUri, endpoint_url: EndpointUrl = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Say which stages of a run are complete."""
+    """Say how far a run is: its stages, and who works on it. No cluster is needed."""
     with sentences(debug, as_json):
+        from selective_ray import run_status
+
         where = existing(run, endpoint_url)
-        states = {}
-        for table in (*where.tables(), *BROUGHT, *PREDICTED):
-            manifest = where.manifest(table)
-            shards = where.finished_shards(table)
-            optional = table in (*OPTIONAL, *BROUGHT, *PREDICTED)
-            if optional and not manifest and not where.exists(table, BEGUN):
-                continue
-            if manifest:
-                states[table] = {
-                    "state": "complete",
-                    "rows": manifest.rows,
-                    "seconds": manifest.seconds,
-                    "fingerprint": manifest.fingerprint,
-                    "refers_to": manifest.refers_to,
-                }
-            elif where.exists(table, BEGUN):
-                states[table] = {"state": "begun", "shards": len(shards)}
-            else:
-                states[table] = {"state": "not begun"}
-        answer(states, _status_lines(states), as_json)
-
-
-def _status_lines(states: dict[str, dict[str, Any]]) -> Iterator[str]:
-    for table, state in states.items():
-        rest = [f"{key} {value}" for key, value in state.items() if key != "state" and value is not None]
-        yield f"{table:<11} {state['state']:<10} {', '.join(rest)}".rstrip()
+        found, alive = run_status.states(where), run_status.sign_of_life(where)
+        answer({**found, **({"at_work": alive} if alive else {})}, run_status.lines(found, alive), as_json)
 
 
 for _name, _command in (
@@ -269,6 +247,10 @@ for _name, _command in (
     ("evaluate", cli_labels.evaluate),
 ):
     app.command(_name)(_command)
+
+app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)(cli_cluster.submit)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""What a person sees while a run works: rate, share done, time left; nothing where no one watches."""
+"""What a person sees while a run works: rate, share done, time left, as a bar or as lines in a log."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from selective_ray.errors import UserError
+
+# Seconds from one line of a log to the next.
+LINE_SECONDS = 30.0
 
 
 class _Rate(ProgressColumn):
@@ -36,8 +40,38 @@ class Watch:
             self.bar.update(self.task, note=note)
 
 
+class _Lines(Watch):
+    """Progress where there is no terminal, as in the log of a job: a line now and then."""
+
+    def __init__(self, console: Console, name: str, total: float | None, unit: str, done: float) -> None:
+        super().__init__(None, None)
+        self.console, self.name, self.total, self.unit = console, name, total, unit
+        self.done = self.first = done
+        self.began = self.told = time.monotonic()
+
+    def advance(self, units: float) -> None:
+        self.done += units
+        now = time.monotonic()
+        if now - self.told < LINE_SECONDS:
+            return
+        self.told = now
+        words = f"{self.name} {self.done:,.0f}"
+        speed = (self.done - self.first) / (now - self.began)
+        if self.total:
+            words += f" of {self.total:,.0f} {self.unit} ({self.done / self.total:.0%})"
+            left = max(0.0, self.total - self.done) / speed if speed else 0.0
+            words += f", {speed:,.3g}/s, {left / 60:,.0f} min left"
+        else:
+            words += f" {self.unit}, {speed:,.3g}/s"
+        words += f"; {self.note}" if self.note else ""
+        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def say(self, note: str) -> None:
+        self.note = note
+
+
 class Reporter:
-    """Talks to the person: bars and messages on a terminal, warnings alone elsewhere, nothing with quiet."""
+    """Talks to the person: bars and messages on a terminal, lines and warnings elsewhere; not with quiet."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
@@ -51,8 +85,11 @@ class Reporter:
     @contextmanager
     def stage(self, name: str, total: float | None, unit: str, done: float = 0) -> Iterator[Watch]:
         """Show a bar for a stage of `total` units, `done` of them by earlier attempts; None: not known."""
-        if not self.watched:
+        if self.console.quiet:
             yield Watch(None, None)
+            return
+        if not self.watched:
+            yield _Lines(self.console, name, total, unit, done)
             return
         share = (
             TextColumn("{task.percentage:>3.0f} %"),
@@ -74,6 +111,10 @@ class Reporter:
         """Tell a person who watches."""
         if self.watched:
             self.console.print(message, style="dim", markup=False, highlight=False)
+
+    def tell(self, message: str) -> None:
+        """Tell whoever looks, or reads the log."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Tell of something unexpected that does not stop the run; the summary repeats it."""

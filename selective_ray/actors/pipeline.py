@@ -14,6 +14,7 @@ from selective_ray.actors.session import Session
 from selective_ray.config import Config
 from selective_ray.density import possible_k
 from selective_ray.errors import UserError
+from selective_ray.lease import FILE as LEASE
 from selective_ray.lease import Lease
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter
@@ -54,7 +55,9 @@ def advance(
     if before:
         since.check(before, embeddings.identity(config))
     run.prepare()
-    with Lease(run, reporter.say) as lease, Session(address) as session:
+    # The lease lies in the run's folder: a machine that does not see it sees another folder.
+    paths = [run.path(LEASE), source.images, source.embeddings, source.since, config.embed.checkpoint]
+    with Lease(run, reporter.say) as lease, Session(address, paths) as session:
         if earlier:
             refer_to_run(run, earlier)
         elif source.embeddings:

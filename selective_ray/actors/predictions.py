@@ -25,6 +25,7 @@ from selective_ray.actors.session import Session, peak_memory
 from selective_ray.actors.wave import Open, Pixels, Product, Reading, Work
 from selective_ray.config import Config
 from selective_ray.errors import UserError
+from selective_ray.lease import FILE as LEASE
 from selective_ray.lease import Lease
 from selective_ray.model import Model
 from selective_ray.progress import Reporter
@@ -78,7 +79,7 @@ def predict(
             f"the labels have changed since training {name!r} began; train again, under another --name, to "
             "predict by them"
         )
-    with Lease(run, reporter.say) as lease, Session(address) as session:
+    with Lease(run, reporter.say) as lease, Session(address, [run.path(LEASE)]) as session:
         model = exported(training, session, reporter)
         what = {
             "predict": {

@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selective_ray.errors import UserError
 from selective_ray.memory import peak_memory as peak_memory
@@ -18,11 +20,13 @@ class Session:
     """The connection of one command: to `address`, else RAY_ADDRESS, else a private instance on this machine.
 
     It is made when the first stage needs it, so that a complete run starts nothing. A process that is
-    connected already (a submitted job, a test) stays so.
+    connected already (a test) stays so. everywhere: paths and URIs that the work needs; those of files must
+    be there on every machine.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, everywhere: Iterable[str | None] = ()) -> None:
         self.address = address or os.environ.get("RAY_ADDRESS")
+        self.everywhere = [path for path in everywhere if path and "://" not in path]
         self.ours = False
 
     def __enter__(self) -> Session:
@@ -53,6 +57,27 @@ class Session:
             )
             raise UserError(f"Ray could not be started or reached {where}: {error}") from None
         self.ours = True
+        _check_everywhere(self.everywhere)
+
+
+@ray.remote(num_cpus=0)
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]
+
+
+def _check_everywhere(paths: list[str]) -> None:
+    """Raise UserError where a machine of the cluster does not see a path."""
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) < 2 or not paths:
+        return
+    here = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    answers = ray.get([_missing.options(scheduling_strategy=node).remote(paths) for node in here])
+    for address, missing in zip(nodes.values(), answers, strict=True):
+        if missing:
+            raise UserError(
+                f"machine {address} of the cluster does not see {missing[0]}; with more than one machine, "
+                "give paths in object storage (as s3://BUCKET/…), or on a file system that all of them mount"
+            )
 
 
 def cpus() -> int:

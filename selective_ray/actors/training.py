@@ -32,6 +32,7 @@ from selective_ray.batches import Plan
 from selective_ray.config import Config, Train
 from selective_ray.errors import UsageError, UserError, first_line, named
 from selective_ray.held_out import NONE, HeldOut
+from selective_ray.lease import FILE as LEASE
 from selective_ray.lease import Lease
 from selective_ray.memory import peak_memory
 from selective_ray.objects import Access
@@ -104,7 +105,7 @@ def train(
         "seed": config.seed,
     }
     training = Training(run, name)
-    with Lease(run, reporter.say) as lease, Session(address) as session:
+    with Lease(run, reporter.say) as lease, Session(address, [run.path(LEASE)]) as session:
         inputs = run.fingerprints("images", "rejected", "labels")
         if done := training.begin(what, inputs):
             return done, done.summary

@@ -1,0 +1,49 @@
+"""The commands for a cluster: run something on one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from selective_ray.cli_options import Debug, sentences
+from selective_ray.errors import UsageError
+from selective_ray.progress import Reporter
+
+# What runs on a cluster; the other commands only look into a run.
+SUBMITTED = ("select", "embed", "density", "cluster", "train", "predict")
+
+
+def submit(
+    context: typer.Context,
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="COMMAND …", help=f"One of {', '.join(SUBMITTED)}, and its options."),
+    ],
+    job_address: Annotated[
+        str | None,
+        typer.Option(
+            "--job-address",
+            help="The Jobs API of the cluster (default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265).",
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log of the job.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Run a command on a Ray cluster as a job, and follow it; the job goes on without this process."""
+    with sentences(debug):
+        if words[0] not in SUBMITTED:
+            raise UsageError(f"{words[0]!r} is not run on a cluster; give one of {', '.join(SUBMITTED)}")
+    # Wrong usage is told here, before anything is sent.
+    context.find_root().command.commands[words[0]].make_context(words[0], words[1:])
+    with sentences(debug):
+        from selective_ray.actors import submission
+
+        reporter = Reporter()
+        try:
+            status = submission.submit(words, job_address, reporter.tell, wait=wait)
+        except KeyboardInterrupt:
+            reporter.tell("the job goes on")
+            raise typer.Exit(130) from None
+        if status:
+            raise typer.Exit(status)
