@@ -30,7 +30,7 @@ TASK_CPUS = 0.05
 # Pixels that a task brings at a time, and at most so many steps of them.
 BLOCK_BYTES, BLOCK_STEPS = 16 << 20, 32
 # Blocks of one Ray Data pipeline; then comes the next.
-BLOCKS = 4096
+BLOCKS = 1024
 # Steps from one line of the metrics to the next.
 LINE_STEPS = 50
 
@@ -313,7 +313,9 @@ def stream(job: Job, first: int, rank: int, workers: int) -> Iterator[tuple[int,
         bring = functools.partial(
             _bring, source=source, plan=job.plan, start=start, stop=stop, steps=steps, part=(rank, workers)
         )
-        found = ray.data.range(count, override_num_blocks=count).map_batches(
+        # Not `range`: it reads by tasks of a whole CPU, which a small machine with a worker has not got.
+        numbers = ray.data.from_items([{"id": i} for i in range(count)], override_num_blocks=count)
+        found = numbers.map_batches(
             bring, batch_size=None, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(size=job.tasks)
         )
         for block in found.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
