@@ -226,7 +226,7 @@ def cluster(tmp_path_factory):
             os.killpg(process.pid, signal.SIGTERM)
         for process in processes:
             try:
-                process.wait(30)
+                process.wait(8)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 
