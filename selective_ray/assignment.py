@@ -103,7 +103,7 @@ class Assignment:
         self.loose_share = LOOSE_SHARE
 
 
-class _Some:
+class _Centroids:
     """Some of the centroids, those of a group beside each other, in tiles that scores are computed of.
 
     ids int64 [s], centroids float32 [s, d], half of their squared norms float32 [s]; of each group there is,
@@ -205,10 +205,10 @@ class _Moves:
         error = product_error(assignment.x.shape[1], max(1.0, assignment.norm), largest) / 2 + SLACK
         assignment.error = max(assignment.error, error)
         order, group, count = assignment.order, assignment.group, len(assignment.carry)
-        self.every = _Some(order, self, group, count)
+        self.every = _Centroids(order, self, group, count)
         fast = self._fast(np.maximum(up, -down), assignment.loose_share)
         up[fast] = 0.0
-        self.fast = _Some(order[fast[order]], self, group, count)
+        self.fast = _Centroids(order[fast[order]], self, group, count)
         self.place = np.full(len(centroids), -1)
         self.place[self.fast.ids] = np.arange(len(self.fast.ids))
         firsts = [first for first, _ in self.every.places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from selective_ray import labeled, listing, objects, report
@@ -56,7 +57,9 @@ def advance(
         since.check(before, embeddings.identity(config))
     run.prepare()
     # The lease lies in the run's folder: a machine that does not see it sees another folder.
-    paths = [run.path(LEASE), source.images, source.embeddings, source.since, config.embed.checkpoint]
+    # A checkpoint that came with a job lies where each process of the job works; the others do not move.
+    given = [path for path in (source.images, source.embeddings, source.since) if path and "://" not in path]
+    paths = [run.path(LEASE), config.embed.checkpoint, *(str(Path(path).absolute()) for path in given)]
     with Lease(run, reporter.say) as lease, Session(address, paths) as session:
         if earlier:
             refer_to_run(run, earlier)
