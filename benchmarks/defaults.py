@@ -17,7 +17,8 @@ import faiss
 import numpy as np
 
 from selective_ray import assignment, density, kmeans, neighbors, selection
-from selective_ray.selection import Candidates, PickedVectors, Repulsion
+from selective_ray.repulsion import PickedVectors, Repulsion, repulsion_unit
+from selective_ray.selection import Candidates
 from selective_ray.store import Run
 
 
@@ -94,7 +95,7 @@ def main() -> None:
                         candidates.repel,
                         n_rounds=10,
                         weight=weight,
-                        unit=lambda picked, repulsion=repulsion: selection.repulsion_unit(picked, repulsion),
+                        unit=lambda picked, repulsion=repulsion: repulsion_unit(picked, repulsion),
                     )
                     results[weight, alpha, window].append(judge(x, labels, picks.image_ids))
             for (weight, alpha, window), found in results.items():

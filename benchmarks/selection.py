@@ -33,7 +33,8 @@ from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
 from selective_ray.presets import PRESETS
 from selective_ray.progress import Reporter
-from selective_ray.selection import Candidates, PickedVectors
+from selective_ray.repulsion import PickedVectors, repulsion_unit
+from selective_ray.selection import Candidates
 from selective_ray.store import Run
 
 VARIANTS = {
@@ -134,7 +135,7 @@ def picks(x: np.ndarray, sq_dists: np.ndarray, labels: np.ndarray, settings: con
         candidates.repel,
         n_rounds=settings.rounds,
         weight=settings.weight,
-        unit=lambda picked: selection.repulsion_unit(picked, repulsion) if scaled else 1.0,
+        unit=lambda picked: repulsion_unit(picked, repulsion) if scaled else 1.0,
     ).image_ids
 
 

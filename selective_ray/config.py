@@ -17,7 +17,7 @@ from selective_ray import encoders
 from selective_ray.errors import UsageError
 from selective_ray.objects import Access
 from selective_ray.presets import PRESETS
-from selective_ray.selection import Repulsion
+from selective_ray.repulsion import Repulsion
 
 
 class Section(BaseModel):

@@ -12,6 +12,7 @@ from selective_ray import config as configuration
 from selective_ray import density, embeddings, kmeans, selection, starts, two_level
 from selective_ray.errors import UserError
 from selective_ray.neighbors import neighbors
+from selective_ray.repulsion import PickedVectors, repulsion_unit
 from selective_ray.schema import Partial, Picks
 
 
@@ -150,13 +151,11 @@ def select(
     )
     picks: Picks = selection.rounds(
         candidates.nominate,
-        lambda picks: selection.PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids]),
+        lambda picks: PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids]),
         candidates.repel,
         n_rounds=config.selection.rounds,
         weight=config.selection.weight,
-        unit=(lambda picked: selection.repulsion_unit(picked, parameters))
-        if scaled
-        else (lambda picked: 1.0),
+        unit=(lambda picked: repulsion_unit(picked, parameters)) if scaled else (lambda picked: 1.0),
     )
     return Selected(
         picks.image_ids,

@@ -34,10 +34,18 @@ class Nearest:
     queries float32 [n, d]. Rows are offered in blocks, each row once to a query. A product within its error
     bound of a query's k-th distance so far is settled by direct differences in float64, so the distances
     kept are exact: those of the k nearest of all rows that were offered. Among rows at the same distance as
-    the k-th, which ids are kept is not promised. `error` overrides the bound (for tests).
+    the k-th, which ids are kept is not promised. `error` overrides the bound (for tests). What is farther
+    than `within` float64 [n] is not looked for.
     """
 
-    def __init__(self, queries: np.ndarray, k: int, *, error: float | None = None) -> None:
+    def __init__(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        error: float | None = None,
+        within: np.ndarray | None = None,
+    ) -> None:
         n, d = queries.shape
         self.queries, self.k = queries, k
         self.sq_norms = np.einsum("nd,nd->n", queries, queries)
@@ -47,7 +55,7 @@ class Nearest:
         self.sq_dists = np.full((n, self.width), np.inf)
         self.image_ids = np.full((n, self.width), -1, np.int64)
         self.count = np.zeros(n, np.int64)
-        self.kth = np.full(n, np.inf)
+        self.kth = np.full(n, np.inf) if within is None else within.copy()
         self.products = 0
 
     def offer(

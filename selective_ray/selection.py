@@ -6,17 +6,19 @@ actor has one for its shards, nominations merge as `Picks`, and the picks' vecto
 Most rows never meet the picks. A few picks push a row by at least so many times the push at their mean
 distance (Jensen: the push is convex), which one product with their mean tells. A row that cannot win even if
 it is pushed no more than that waits; should it matter later, it meets the picks of all rounds it has missed.
+Where only the nearest picks repel, what a row found in one round is kept for the next (`nearest_picks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from selective_ray.distances import blocks, product_error, sq_dists_direct
+from selective_ray.nearest_picks import NearestPicks
 from selective_ray.neighbors import neighbors
+from selective_ray.repulsion import PickedVectors, Repulsion
 from selective_ray.schema import Picks
 
 # Float64 products of unit vectors are off by less than (d + 8) * 2^-51, under 1e-11 up to d = 20,000.
@@ -27,65 +29,10 @@ NEAR_SQ_DIST = 1e-3
 REPULSION_ERROR = 1e-6
 # Where all picks repel, so many nearest are bounded apart from the rest.
 NEAR_PICKS = 16
-# Picks that are looked for beyond the window, as those of several rounds are searched at once.
-SPARE_PICKS = 8
-
-
-@dataclass(frozen=True)
-class Repulsion:
-    """How picks push others away (USL, equation 6, as the published code has it).
-
-    A pick s adds 1 / |x - s|^(2 alpha) to the repulsion of x: alpha works on the squared distance. Picks at
-    a squared distance of horizon_sq_dist or more add nothing (0: no limit; CIFAR code), and only the
-    horizon_picks nearest do (0: all; ImageNet code), ties to the smallest cluster. With exclude_own_cluster
-    the pick of x's own cluster adds nothing; it is left out after the window of the nearest is taken, as
-    published. A pick at distance zero (x itself or its exact duplicate) never adds anything.
-    """
-
-    alpha: float
-    horizon_sq_dist: float = 0.0
-    horizon_picks: int = 0
-    exclude_own_cluster: bool = True
-
-    def window(self, m: int) -> int:
-        """Number of nearest picks that repel, of m; 0 where all do."""
-        return self.horizon_picks if self.horizon_picks < m else 0
-
-    def push(self, sq_dists: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """What single picks add, of the shape of sq_dists float64 and of own bool, the row's own cluster."""
-        counts = sq_dists > 0
-        if self.horizon_sq_dist > 0:
-            counts &= sq_dists < self.horizon_sq_dist
-        if self.exclude_own_cluster:
-            counts &= ~own
-        return self._pushed(np.where(counts, sq_dists, np.inf))
-
-    def least(self, sq_dists: np.ndarray) -> np.ndarray:
-        """Return a convex function below the push of other clusters' picks at sq_dists > 0, of that shape.
-
-        The push itself; with a horizon, from alpha / (1 + alpha) of it on, the tangent that is 0 there.
-        """
-        if not self.horizon_sq_dist:
-            return self._pushed(sq_dists)
-        touch = self.horizon_sq_dist * self.alpha / (1 + self.alpha)
-        tangent = touch**-self.alpha * (1 + self.alpha - self.alpha * sq_dists / touch)
-        return np.where(sq_dists < touch, self._pushed(sq_dists), np.maximum(tangent, 0.0))
-
-    def _pushed(self, sq_dists: np.ndarray) -> np.ndarray:
-        """1 / sq_dists^alpha; the usual exponents need no power."""
-        if self.alpha in (0.5, 1.0):
-            return 1.0 / (sq_dists if self.alpha == 1.0 else np.sqrt(sq_dists))
-        return sq_dists**-self.alpha
-
-
-@dataclass(frozen=True)
-class PickedVectors:
-    """What repels in a round, by (cluster, image): cluster_ids int32 [m], image_ids int64 [m], x float32
-    [m, d]."""
-
-    cluster_ids: np.ndarray
-    image_ids: np.ndarray
-    x: np.ndarray
+# Where only the nearest repel: so many picks near that of its cluster a row looks at before it meets all. The
+# foremost of each cluster do not look before.
+GLIMPSED_PICKS = 64
+GLIMPSE_AFTER = 4
 
 
 class Met:
@@ -106,44 +53,6 @@ class Met:
         first = order[new]
         self.x, self.cluster_ids = x[first], clusters[first]
         self.rounds = np.split(place, np.cumsum([len(picked.x) for picked in history])[:-1])
-
-
-def in_order(push: np.ndarray) -> np.ndarray:
-    """Add columns one by one, float64 [n]: zeros among them then change no bit of the sum."""
-    total = np.zeros(len(push))
-    for column in push.T:
-        total += column
-    return total
-
-
-def direct_repulsion(
-    x: np.ndarray, cluster_ids: np.ndarray, picked: PickedVectors, parameters: Repulsion
-) -> np.ndarray:
-    """Sum the push of the picks of a round on rows x [n, d] by direct differences with all: float64 [n]."""
-    m = len(picked.x)
-    new = np.empty(len(x))
-    for rows in blocks(len(x), 4 * m):
-        count = rows.stop - rows.start
-        row, column = np.repeat(np.arange(rows.start, rows.stop), m), np.tile(np.arange(m), count)
-        sq_dists = sq_dists_direct(x, row, picked.x, column).reshape(count, m)
-        own = cluster_ids[rows, None] == picked.cluster_ids
-        push = parameters.push(sq_dists, own)
-        if h := parameters.window(m):
-            nearest = np.argsort(sq_dists, axis=1, kind="stable")[:, :h]
-            new[rows] = in_order(np.take_along_axis(push, nearest, axis=1))
-        else:
-            new[rows] = push.sum(axis=1)
-    return new
-
-
-def repulsion_unit(picked: PickedVectors, parameters: Repulsion) -> float:
-    """Median repulsion that picks feel from each other: the unit of the regularizer in scaled mode.
-
-    Over at most 256 picks, evenly spaced in cluster order; 1 where picks do not reach each other.
-    """
-    sample = np.unique(np.linspace(0, len(picked.x) - 1, 256).astype(np.int64))
-    felt = direct_repulsion(picked.x[sample], picked.cluster_ids[sample], picked, parameters)
-    return float(np.median(felt)) or 1.0
 
 
 class Candidates:
@@ -183,18 +92,26 @@ class Candidates:
         self.seen = np.zeros(len(x), np.int32)
         self.unsure = np.zeros(len(x), bool)
         self.low = np.zeros(len(self.rows))
+        # What the last round added to it at least, as far as means of picks tell.
+        self.least = np.zeros(len(self.rows))
         # Where all picks repel, products only estimate; these are exact.
         self.exact = np.zeros(len(x))
         self.exact_seen = np.zeros(len(x), np.int32)
         self.sq_norms = np.einsum("nd,nd->n", x, x) if prune else None
         self.near: np.ndarray | None = None
         self.met: dict[int, Met] = {}
+        self.nearest_picks: NearestPicks | None = None
         self.compared = 0
 
     def repel(self, picked: PickedVectors) -> None:
         """Let the picks of a round push. A cluster has as many in every round."""
         self.history.append(picked)
         self.met = {}
+        if h := self.parameters.window(len(picked.x)):
+            if self.nearest_picks is None:
+                args = (self.x, self.cluster_ids, h, self.parameters)
+                self.nearest_picks = NearestPicks(*args, keep=self.prune)
+            self.nearest_picks.add(picked)
         self.low *= self.momentum
         if self.prune:
             self._raise_low(picked)
@@ -205,33 +122,52 @@ class Candidates:
         Ties go to the smallest image_id. Every row that could win within the error of products is judged by
         direct differences over all earlier picks, so the winners do not depend on how rows were blocked.
         """
-        densities = self.densities[self.rows]
         if not self.prune:
             self._catch_up(np.arange(len(self.x)))
-        most = 1
+        elif self.history:
+            # The last picks are hard to beat: who cannot need not meet anyone.
+            self._catch_up(self._held(self.history[-1].image_ids))
+        surely = np.full(len(self.clusters), -np.inf)
+        upper = self._bounded(slice(None), weight, surely)
+        able = np.flatnonzero(upper >= surely[self.place])
+        upper, most = upper[able], 1
         while True:
-            now = self.seen[self.rows] == len(self.history)
-            repulsion = self.repulsion[self.rows]
-            sure = now & ~self.unsure[self.rows]
-            np.copyto(self.low, (1 - REPULSION_ERROR) * repulsion, where=sure)
-            upper = densities - weight * self.low
-            surely = np.full(len(self.clusters), -np.inf)
-            lower = densities[sure] - weight * (1 + REPULSION_ERROR) * repulsion[sure]
-            np.maximum.at(surely, self.place[sure], lower)
-            able = upper >= surely[self.place]
-            waiting = np.flatnonzero(able & ~now)
+            waiting = np.flatnonzero(self.seen[self.rows[able]] < len(self.history))
             if not len(waiting):
                 break
-            best = foremost(self.place[waiting], upper[waiting], len(self.clusters), most)
-            self._catch_up(self.rows[waiting[best]])
+            if most == GLIMPSE_AFTER and self._glimpses():
+                some = waiting
+                self._glimpse(able[some])
+            else:
+                some = waiting[foremost(self.place[able[waiting]], upper[waiting], len(self.clusters), most)]
+                self._catch_up(self.rows[able[some]])
+            upper[some] = self._bounded(able[some], weight, surely)
+            left = upper >= surely[self.place[able]]
+            able, upper = able[left], upper[left]
             most *= 4
         rows = self.rows[able]
         utilities = self.densities[rows] - weight * self.exact_repulsion(rows)
         return Picks.none().merge(Picks(self.cluster_ids[rows], self.image_ids[rows], utilities))
 
+    def _held(self, image_ids: np.ndarray) -> np.ndarray:
+        """Return the numbers of `rows` that are among some images, int64."""
+        _, found = find(self.image_ids, image_ids)
+        return found[np.isin(self.cluster_ids[found], self.clusters)]
+
+    def _bounded(self, some: np.ndarray | slice, weight: float, surely: np.ndarray) -> np.ndarray:
+        """Return the utility that some of `rows` have at most; raise what their clusters surely reach."""
+        rows, densities = self.rows[some], self.densities[self.rows[some]]
+        repulsion = self.repulsion[rows]
+        sure = (self.seen[rows] == len(self.history)) & ~self.unsure[rows]
+        low = np.where(sure, (1 - REPULSION_ERROR) * repulsion, self.low[some])
+        self.low[some] = low
+        lower = densities[sure] - weight * (1 + REPULSION_ERROR) * repulsion[sure]
+        np.maximum.at(surely, self.place[some][sure], lower)
+        return densities - weight * low
+
     def exact_repulsion(self, rows: np.ndarray) -> np.ndarray:
         """Return the repulsion of a few rows by direct differences with all earlier picks: float64 [r]."""
-        if self._windowed():
+        if self.nearest_picks is not None:
             self._catch_up(rows)
             return self.repulsion[rows]
         for since, behind in self._behind(self.exact_seen, rows):
@@ -256,12 +192,10 @@ class Candidates:
         """
         assert not self.prune
         self._catch_up(np.arange(len(self.x)))
-        settled = np.zeros(len(self.x), bool) if self._windowed() else self.exact_seen == len(self.history)
-        repulsion = np.where(settled, self.exact, self.repulsion)
+        repulsion = self.repulsion
+        if self.nearest_picks is None:
+            repulsion = np.where(self.exact_seen == len(self.history), self.exact, repulsion)
         return repulsion, self.densities - weight * repulsion
-
-    def _windowed(self) -> bool:
-        return bool(self.history) and self.parameters.window(len(self.history[0].x)) > 0
 
     def _behind(self, seen: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the rows that have not met the picks of all rounds, by how many they have met."""
@@ -279,13 +213,19 @@ class Candidates:
     def _catch_up(self, rows: np.ndarray) -> None:
         """Let rows meet the picks of the rounds that they have missed."""
         for since, behind in self._behind(self.seen, rows):
-            met = self._met(since)
-            for part in blocks(len(behind), 4 * len(met.x)):
-                if self._windowed():
-                    self._meet_nearest(behind[part], met, since)
-                else:
+            if self.nearest_picks is not None:
+                before = self.nearest_picks.compared
+                for part in blocks(len(behind), 16 * self.nearest_picks.width):
+                    some = behind[part]
+                    for new in self.nearest_picks.pushes(some, since):
+                        self.repulsion[some] *= self.momentum
+                        self.repulsion[some] += (1 - self.momentum) * new
+                self.compared += self.nearest_picks.compared - before
+            else:
+                met = self._met(since)
+                for part in blocks(len(behind), 4 * len(met.x)):
                     self._meet_all(behind[part], met)
-            self.compared += len(behind) * len(met.x)
+                self.compared += len(behind) * len(met.x)
 
     def _meet_all(self, rows: np.ndarray, met: Met) -> None:
         """Estimate what all picks add, by float64 products."""
@@ -306,37 +246,29 @@ class Candidates:
         self.repulsion[rows] *= self.momentum ** len(met.rounds)
         self.repulsion[rows] += push @ left
 
-    def _meet_nearest(self, rows: np.ndarray, met: Met, since: int) -> None:
-        """Add what the nearest picks of each round do."""
-        for new in self._nearest(rows, met, since):
-            self.repulsion[rows] = self.momentum * self.repulsion[rows] + (1 - self.momentum) * new
+    def _glimpses(self) -> bool:
+        """Tell whether picks near those of the clusters are few beside all."""
+        return self.nearest_picks is not None and 2 * self.near.shape[1] < len(self.history[0].x)
 
-    def _nearest(self, rows: np.ndarray, met: Met, since: int) -> Iterator[np.ndarray]:
-        """Yield the sum of the push of the nearest picks of each round, found among those of all rounds."""
-        p, h = len(met.x), self.parameters.window(len(self.history[0].x))
-        spare = 1 if len(met.rounds) == 1 else SPARE_PICKS + 2 * h * (p - len(met.rounds[0])) // p
-        near = neighbors(self.x[rows], [(np.arange(p), met.x)], min(p, h + spare))
-        own = self.cluster_ids[rows, None] == met.cluster_ids[near.image_ids]
-        push = self.parameters.push(near.sq_dists, own)
-        for number, places in enumerate(met.rounds):
-            member = np.zeros(p, bool)
-            member[places] = True
-            there = member[near.image_ids]
-            count = np.cumsum(there, axis=1)
-            there &= count <= h
-            new = in_order(np.where(there, push, 0.0))
-            # Who has fewer than h picks of the round, or as far as the farthest found, may miss a nearer one.
-            farthest = np.where(there, near.sq_dists, 0.0).max(axis=1)
-            short = np.flatnonzero((count[:, -1] < h) | (farthest >= near.sq_dists[:, -1]))
-            if h + spare < p and len(short):
-                some, picked = rows[short], self.history[since + number]
-                if len(met.rounds) > 1:
-                    new[short] = next(self._nearest(some, Met([picked]), since + number))
-                else:
-                    new[short] = direct_repulsion(
-                        self.x[some], self.cluster_ids[some], picked, self.parameters
-                    )
-            yield new
+    def _glimpse(self, some: np.ndarray) -> None:
+        """Raise `low` of some of `rows` by what the picks near that of their cluster do."""
+        own = np.searchsorted(self.history[0].cluster_ids, self.clusters)
+        near = np.zeros((len(self.history[0].x), 1 + self.near.shape[1]), np.int64)
+        near[own] = np.column_stack([own, self.near])
+        before = self.nearest_picks.compared
+        seen = self.seen[self.rows[some]]
+        for since in np.unique(seen).tolist():
+            which = some[seen == since]
+            # Those of a cluster side by side.
+            which = which[np.argsort(self.place[which], kind="stable")]
+            for part in blocks(len(which), 4 * self.near.shape[1]):
+                at = which[part]
+                rows = self.rows[at]
+                low = self.repulsion[rows]
+                for new in self.nearest_picks.glimpse(rows, own[self.place[at]], near, since):
+                    low = self.momentum * low + (1 - self.momentum) * new
+                self.low[at] = np.maximum(self.low[at], (1 - REPULSION_ERROR) * low)
+        self.compared += self.nearest_picks.compared - before
 
     def _raise_low(self, picked: PickedVectors) -> None:
         """Add to `low` what the picks of a round do at least.
@@ -348,34 +280,50 @@ class Candidates:
         own = np.searchsorted(picked.cluster_ids, self.clusters)
         h = self.parameters.window(m)
         if self.near is None:
-            count = min(m, h or NEAR_PICKS + 1)
+            count = min(m, (GLIMPSED_PICKS if h else NEAR_PICKS) + 1)
             found = neighbors(picked.x[own], [(np.arange(m), picked.x)], count)
             self.near = found.without(own).image_ids if count > 1 else found.image_ids[:, :0]
         x, error = picked.x.astype(np.float64), product_error(picked.x.shape[1])
         sq_norms = np.einsum("md,md->m", x, x)
         sums = np.zeros((len(own), x.shape[1]))
         sq_sums = np.zeros(len(own))
-        for column in self.near.T:
+        near = self.near[:, : h - 1] if h else self.near
+        for column in near.T:
             sums += x[column]
             sq_sums += sq_norms[column]
-        groups = [(self.near.shape[1], sums, sq_sums)]
+        groups = [(near.shape[1], sums, sq_sums)]
         if not h:
-            rest = m - 1 - self.near.shape[1]
+            rest = m - 1 - near.shape[1]
             groups.append((rest, x.sum(axis=0) - x[own] - sums, sq_norms.sum() - sq_norms[own] - sq_sums))
         if not self.parameters.exclude_own_cluster:
             groups.append((1, x[own], sq_norms[own]))
+        unmet = np.ones(len(self.rows), bool)
+        if self.nearest_picks is not None:
+            rows, least = self.nearest_picks.least()
+            at = rows if len(self.rows) == len(self.x) else np.searchsorted(self.rows, rows)
+            self.low[at] += (1 - self.momentum) * (1 - REPULSION_ERROR) * least
+            unmet[at] = False
+        # Where only the near picks of a cluster count, they add the same as before unless one has changed.
+        which = unmet
+        if h and len(self.history) > 1:
+            same = picked.image_ids == self.history[-2].image_ids
+            which = unmet & ~(same[near].all(axis=1) & same[own])[self.place]
+        which = np.flatnonzero(which)
+        self.least[which] = 0.0
         for count, sums, sq_sums in groups:
             if count:
                 means, sq_means = (sums / count).astype(np.float32), sq_sums / count
-                for part in blocks(len(self.rows), 16 * x.shape[1]):
-                    place, rows = self.place[part], self.rows[part]
+                for part in blocks(len(which), 16 * x.shape[1]):
+                    at = which[part]
+                    place, rows = self.place[at], self.rows[at]
                     products = np.einsum("nd,nd->n", self.x.take(rows, 0), means.take(place, 0))
                     sq_dists = self.sq_norms[rows] + sq_means[place] - 2.0 * products
                     sq_dists += 2 * error
                     least = (1 - REPULSION_ERROR) * count * self.parameters.least(sq_dists)
                     # The own cluster's pick may be the row itself, or its copy.
                     least[sq_dists <= 4 * error] = 0.0
-                    self.low[part] += (1 - self.momentum) * least
+                    self.least[at] += least
+        self.low[unmet] += (1 - self.momentum) * self.least[unmet]
 
 
 def foremost(place: np.ndarray, values: np.ndarray, places: int, most: int) -> np.ndarray:

@@ -7,9 +7,10 @@ from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selective_ray import assignment, density, distances, kmeans, selection
+from selective_ray import assignment, density, distances, kmeans, nearest_picks, selection
+from selective_ray.repulsion import PickedVectors, Repulsion, direct_repulsion, repulsion_unit
 from selective_ray.schema import Picks
-from selective_ray.selection import Candidates, PickedVectors, Repulsion
+from selective_ray.selection import Candidates
 
 # The variants of the published code, as the oracle takes them.
 VARIANTS = {
@@ -142,13 +143,19 @@ def test_laws(seed):
             "exclude_own_cluster": st.booleans(),
         }
     ),
+    st.sampled_from([2, 64]),
+    st.sampled_from([0, 1, 8]),
 )
-@settings(max_examples=60, deadline=None)
-def test_pruning_changes_nothing(seed, options):
+@settings(max_examples=100, deadline=None)
+def test_pruning_changes_nothing(seed, options, glimpsed, spare):
     """Against the oracle and against meeting all picks in every round; a fifth of the rows are copies."""
     x, labels, utility = world(seed, n=70, m=7, copies=14)
     expected = oracle.select(x, labels, utility, **options)
-    found = run(x, labels, utility, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        # So few that rows look at some picks first, and often know too few.
+        patch.setattr(selection, "GLIMPSED_PICKS", glimpsed)
+        patch.setattr(nearest_picks, "SPARE_PICKS", spare)
+        found = run(x, labels, utility, **options)
     assert found.image_ids.tolist() == expected.tolist()
     everything = run(x, labels, utility, prune=False, **options)
     assert found.image_ids.tolist() == everything.image_ids.tolist()
@@ -216,9 +223,7 @@ def test_duplicates_of_a_pick_are_not_pushed_by_it():
 def test_window_is_taken_before_the_own_cluster_is_left_out():
     x = np.float32([[0.3], [-0.4], [0.6]])
     picked = PickedVectors(np.arange(3, dtype=np.int32), np.arange(3), x)
-    push = selection.direct_repulsion(
-        np.zeros((1, 1), np.float32), np.int32([0]), picked, Repulsion(1.0, 0.0, 2)
-    )
+    push = direct_repulsion(np.zeros((1, 1), np.float32), np.int32([0]), picked, Repulsion(1.0, 0.0, 2))
     assert push[0] == pytest.approx(1 / 0.16)
 
 
@@ -244,12 +249,50 @@ def test_scaled_weight_is_in_units_of_what_picks_feel():
     picked = PickedVectors(np.arange(9, dtype=np.int32), picks, x[picks])
     pairs = oracle.sq_dists(x[picks], x[picks])
     np.fill_diagonal(pairs, np.inf)
-    assert selection.repulsion_unit(picked, parameters) == pytest.approx(np.median((pairs**-0.5).sum(axis=1)))
+    assert repulsion_unit(picked, parameters) == pytest.approx(np.median((pairs**-0.5).sum(axis=1)))
     alone = PickedVectors(np.zeros(1, np.int32), np.zeros(1, np.int64), x[:1])
-    assert selection.repulsion_unit(alone, parameters) == 1.0
+    assert repulsion_unit(alone, parameters) == 1.0
 
 
 def test_relative_density_has_median_one():
     sq_dists = np.array([0.1, 0.2, 0.4], np.float32)
     relative = density.relative(sq_dists, unit=float(np.float32(0.2)), floor=1e-6)
     assert relative.tolist() == pytest.approx([2.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("exclude_own", [True, False])
+def test_nearest_picks_of_rounds_that_change(keep, exclude_own):
+    """Rows that meet the picks now and then, against direct differences with all; bounds are never above."""
+    rng = np.random.default_rng(5)
+    x, labels, _ = world(5, n=300, m=12)
+    x[200:] = x[:100]
+    labels[200:] = labels[:100]
+    labels = labels.astype(np.int32)
+    parameters = Repulsion(1.0, 0.0, 3, exclude_own)
+    found = nearest_picks.NearestPicks(x, labels, 3, parameters, keep=keep)
+    chosen = np.array([rng.choice(np.flatnonzero(labels == c)) for c in range(12)])
+    near = np.array([np.roll(np.arange(12), -c)[:5] for c in range(12)])
+    seen, pushed = np.zeros(300, int), []
+    for number in range(12):
+        for c in rng.choice(12, 3, replace=False):
+            chosen[c] = rng.choice(np.flatnonzero(labels == c))
+        picked = PickedVectors(np.arange(12, dtype=np.int32), chosen.copy(), x[chosen])
+        found.add(picked)
+        pushed.append(direct_repulsion(x, labels, picked, parameters))
+        rows, least = found.least()
+        assert (least <= pushed[-1][rows] * (1 + 1e-12)).all()
+        if number % 2:
+            rows = np.sort(rng.choice(300, 60, replace=False))
+            rows = rows[np.argsort(labels[rows], kind="stable")]
+            for since in np.unique(seen[rows]):
+                some = rows[seen[rows] == since]
+                for offset, least in enumerate(found.glimpse(some, labels[some], near, since)):
+                    assert (least <= pushed[since + offset][some] * (1 + 1e-12)).all()
+        rows = rng.choice(300, 40, replace=False)
+        for since in np.unique(seen[rows]):
+            some = rows[seen[rows] == since]
+            for offset, new in enumerate(found.pushes(some, since)):
+                assert new.tolist() == pushed[since + offset][some].tolist()
+        seen[rows] = number + 1
+    assert found.compared < 12 * 12 * 300

@@ -22,6 +22,7 @@ from selective_ray.actors.shards import Judging
 from selective_ray.config import Config
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter
+from selective_ray.repulsion import PickedVectors, repulsion_unit
 from selective_ray.schema import Picks, selection_schema, sq_dist_column
 from selective_ray.store import Manifest, Run, Stopwatch, nested
 
@@ -121,14 +122,14 @@ def select(
             weight_at_last = weight
             return picks
 
-        def fetch(picks: Picks) -> selection.PickedVectors:
+        def fetch(picks: Picks) -> PickedVectors:
             nonlocal pairs_in_all
             ids = np.concatenate([fixed, picks.image_ids])
             clusters = np.concatenate([fixed_clusters, picks.cluster_ids])
             order = np.lexsort((ids, clusters))
             places, x = zip(*pool.all(lambda actor: actor.vectors.remote(ids[order])), strict=True)
             pairs_in_all = int(sizes.sum()) * len(ids)
-            return selection.PickedVectors(clusters[order], ids[order], _in_place(places, x))
+            return PickedVectors(clusters[order], ids[order], _in_place(places, x))
 
         def watch(number: int) -> None:
             bar.advance(1)
@@ -143,7 +144,7 @@ def select(
             lambda picked: history.append(ray.put(picked)),
             n_rounds=settings.rounds,
             weight=settings.weight,
-            unit=lambda picked: selection.repulsion_unit(picked, repulsion) if scaled else 1.0,
+            unit=lambda picked: repulsion_unit(picked, repulsion) if scaled else 1.0,
             watch=watch,
         )
         seconds_of_rounds = time.monotonic() - started

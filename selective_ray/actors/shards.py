@@ -31,8 +31,9 @@ from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.joining import Block, Cells
 from selective_ray.neighbors import Nearest
+from selective_ray.repulsion import Repulsion
 from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
-from selective_ray.selection import Candidates, Repulsion
+from selective_ray.selection import Candidates
 from selective_ray.store import Run, Shard
 from selective_ray.two_level import Split
 
