@@ -8,13 +8,14 @@ meets all picks, it looks at those near its cluster's: any of them push no more 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from selective_ray.distances import blocks, product_error
 from selective_ray.neighbors import Nearest
-from selective_ray.repulsion import PickedVectors, Repulsion, direct_repulsion, in_order
+from selective_ray.repulsion import PickedVectors, Repulsion, direct_repulsion
 
 # Picks that are kept beyond the window: so many may go before a row has to search again.
 SPARE_PICKS = 8
@@ -61,16 +62,23 @@ class Appearances:
 class NearestPicks:
     """What the nearest `window` picks of each round add to the repulsion of rows x float32 [n, d].
 
-    cluster_ids int32 [n]. With `keep`, a row that has met the picks keeps the nearest window + SPARE_PICKS of
-    them, 12 bytes each. `compared` counts the pairs of row and pick that were compared.
+    cluster_ids int32 [n]. Where the rows' sq_norms float32 [n] are given, a row that has met picks keeps the
+    nearest window + SPARE_PICKS of them, 12 bytes each. `compared` counts the pairs of row and pick that were
+    compared.
     """
 
     def __init__(
-        self, x: np.ndarray, cluster_ids: np.ndarray, window: int, parameters: Repulsion, *, keep: bool
+        self,
+        x: np.ndarray,
+        cluster_ids: np.ndarray,
+        window: int,
+        parameters: Repulsion,
+        *,
+        sq_norms: np.ndarray | None = None,
     ) -> None:
         self.x, self.cluster_ids, self.parameters = x, cluster_ids, parameters
-        self.window, self.width, self.keep = window, window + SPARE_PICKS, keep
-        self.sq_norms = np.einsum("nd,nd->n", x, x)
+        self.window, self.width, self.keep = window, window + SPARE_PICKS, sq_norms is not None
+        self.sq_norms = sq_norms
         self.picks = Appearances(x.shape[1])
         self.history: list[PickedVectors] = []
         self.compared = 0
@@ -94,14 +102,29 @@ class NearestPicks:
         """
         known = self.slot[rows] >= 0
         known[known] = self.kept.reach[self.slot[rows[known]]] > 0
-        near = Kept.none(len(rows), self.width)
-        if known.any():
-            old = self.kept.take(self.slot[rows[known]])
-            near.put(np.flatnonzero(known), self._with_new(rows[known], old, since))
-        if not known.all():
-            near.put(np.flatnonzero(~known), self._search(rows[~known], since))
-        whole = near.sq_dists[:, self.window - 1] < near.reach
-        return self._rounds(rows, near, since, whole, self._round)
+        found = [np.empty(len(rows)) for _ in self.history[since:]]
+        for which, find in ((known, self._with_new), (~known, self._search)):
+            some = rows[which]
+            if len(some):
+                for new, part in zip(found, self._pushes(some, find(some, since), since), strict=True):
+                    new[which] = part
+        return found
+
+    def _pushes(self, rows: np.ndarray, near: Kept, since: int) -> list[np.ndarray]:
+        """Return what each round from `since` on adds to rows that have found the picks near them."""
+        window = Window(self.picks, near, self._push(rows, near))
+        found = []
+        for number in range(since, len(self.history)):
+            new = window.sums(number, self.window)
+            count, farthest = window.known(number, self.window)
+            # A pick that is not known may be as near as the reach.
+            short = np.flatnonzero((count < self.window) | (farthest >= near.reach))
+            if len(short):
+                new[short] = self._searched(rows[short], number)
+            found.append(new)
+        if self.keep:
+            self._store(rows, near.nearest(self.width, self.picks.rank), found[-1])
+        return found
 
     def glimpse(self, rows: np.ndarray, own: np.ndarray, near: np.ndarray, since: int) -> list[np.ndarray]:
         """Return what each round from `since` on adds to some rows at least, float64 [r] each.
@@ -139,36 +162,12 @@ class NearestPicks:
             found.sq_dists[i:j, :width] = sq_dists.take(nearest)
             self.compared += sq_dists.size
             start = end
-        found.sq_dists += self.sq_norms[rows, None]
+        np.add(found.sq_dists, self.sq_norms[rows, None], out=found.sq_dists)
         found = found.nearest(self.width, picks.rank)
-        return self._rounds(rows, found, since, np.ones(len(rows), bool), self._at_least)
-
-    def _rounds(
-        self,
-        rows: np.ndarray,
-        near: Kept,
-        since: int,
-        whole: np.ndarray,
-        one: Callable[[np.ndarray, Kept, int], np.ndarray],
-    ) -> list[np.ndarray]:
-        """Ask `one` for each round from `since` on; only once for rows that know their `whole` window,
-        bool [r], if its picks stay through all of the rounds."""
-        window = near.picks[:, : self.window]
-        stays = (window >= 0) & (self.picks.first[window] <= since) & (self.picks.end[window] == OPEN)
-        stays = stays.all(axis=1) & whole
-        same, others = np.flatnonzero(stays), np.flatnonzero(~stays)
-        always = one(rows[same], near.take(same, self.window), len(self.history) - 1)
-        varying = near.take(others)
-        found = []
-        for number in range(since, len(self.history)):
-            new = np.empty(len(rows))
-            new[same] = always
-            new[others] = one(rows[others], varying, number)
-            found.append(new)
-        near.put(others, varying)
-        if self.keep:
-            self._store(rows, near, found[-1])
-        return found
+        window = Window(self.picks, found, self._push(rows, found, own_adds=False))
+        least = [window.sums(number, self.window) for number in range(since, len(self.history))]
+        self._store(rows, found, least[-1])
+        return least
 
     def least(self) -> tuple[np.ndarray, np.ndarray]:
         """Return rows int64 [r] that have met picks, and what the last round adds to them at least.
@@ -187,38 +186,25 @@ class NearestPicks:
         changed = np.flatnonzero(anew | ((window < 0) | (picks.end[window] < OPEN)).any(axis=1))
         for part in blocks(len(changed), 16 * self.width):
             some = changed[part]
-            most = self.window - anew[some]
-            self.sums[some] = self._at_least(
-                rows[some], self.kept.take(some), len(self.history) - 1, most[:, None]
-            )
+            near = self.kept.take(some)
+            window = Window(picks, near, self._push(rows[some], near, own_adds=False))
+            self.sums[some] = window.sums(len(self.history) - 1, self.window - anew[some])
         return rows, self.sums[: self.taken]
 
-    def _at_least(
-        self, rows: np.ndarray, near: Kept, number: int, most: np.ndarray | int | None = None
-    ) -> np.ndarray:
-        """Return what those of a round that rows know, the nearest `most` (the window's), add at least."""
-        there = self._there(near, number, self.window if most is None else most)
-        own = self.cluster_ids[rows, None] == self.picks.cluster_ids[near.picks]
-        push = self.parameters.push(near.sq_dists, own)
-        return np.where(there & ~own, push, 0.0).sum(axis=1)
-
-    def _there(self, near: Kept, number: int, most: np.ndarray | int) -> np.ndarray:
-        """Tell which picks repel in a round, of each row the nearest `most`."""
-        first, end = self.picks.first[near.picks], self.picks.end[near.picks]
-        there = (near.picks >= 0) & (first <= number) & (number < end)
-        return there & (np.cumsum(there, axis=1) <= most)
-
     def _search(self, rows: np.ndarray, since: int, ending: int = OPEN) -> Kept:
-        """Find the nearest picks among all of the rounds since <= r < ending."""
+        """Find the nearest picks among all of the rounds since <= r < ending, the more the more there are."""
         some = np.flatnonzero((self.picks.end > since) & (self.picks.first < ending))
-        return self._nearest(rows, some, np.full(len(rows), np.inf))
+        m = len(self.history[-1].x)
+        more = 2 * self.window * (len(some) - m) // m
+        return self._nearest(rows, some, np.full(len(rows), np.inf), self.width + more)
 
-    def _with_new(self, rows: np.ndarray, old: Kept, since: int) -> Kept:
+    def _with_new(self, rows: np.ndarray, since: int) -> Kept:
         """Bring what rows knew before a round up to date with the picks that have come since."""
-        picks = self.picks
+        picks, old = self.picks, self.kept.take(self.slot[rows])
         gone = (old.picks < 0) | (picks.end[old.picks] <= since)
         old.sq_dists[gone], old.picks[gone] = np.inf, -1
-        new = self._nearest(rows, np.arange(picks.known[since], picks.known[-1]), old.reach)
+        come = np.arange(picks.known[since], picks.known[-1])
+        new = self._nearest(rows, come, old.reach, self.width)
         both = Kept(
             np.concatenate([old.picks, new.picks], axis=1),
             np.concatenate([old.sq_dists, new.sq_dists], axis=1),
@@ -226,58 +212,43 @@ class NearestPicks:
         )
         return both.nearest(self.width, picks.rank)
 
-    def _nearest(self, rows: np.ndarray, some: np.ndarray, within: np.ndarray) -> Kept:
+    def _nearest(self, rows: np.ndarray, some: np.ndarray, within: np.ndarray, width: int) -> Kept:
         """Find the nearest of some picks, ascending, that are within a squared distance, float64 [r]."""
         if not len(some):
             return Kept.none(len(rows), 0)
-        nearest = Nearest(self.x[rows], min(len(some), self.width), within=within)
+        nearest = Nearest(self.x[rows], min(len(some), width), within=within)
         nearest.offer(some, self.picks.x[some])
         found = nearest.found()
         self.compared += len(rows) * len(some)
-        whole = len(some) <= self.width
-        reach = within if whole else np.minimum(within, found.sq_dists[:, -1])
-        return Kept(found.image_ids.astype(np.int32), found.sq_dists, reach.copy()).nearest(
-            self.width, self.picks.rank
-        )
+        reach = within if len(some) <= width else np.minimum(within, found.sq_dists[:, -1])
+        return Kept(found.image_ids.astype(np.int32), found.sq_dists, reach).nearest(width, self.picks.rank)
 
-    def _round(self, rows: np.ndarray, near: Kept, number: int) -> np.ndarray:
-        """Return what a round adds to rows; those that know too few of its picks search among them.
-
-        In the last round, what they find takes the place of what they knew.
-        """
-        new, short = self._sum(rows, near, number)
-        if len(short):
-            again = self._search(rows[short], number, number + 1)
-            new[short], still = self._sum(rows[short], again, number)
-            if number == len(self.history) - 1:
-                near.put(short, again)
-            if len(still):
-                some, picked = rows[short[still]], self.history[number]
-                new[short[still]] = direct_repulsion(
-                    self.x[some], self.cluster_ids[some], picked, self.parameters
-                )
-                self.compared += len(some) * len(picked.x)
+    def _searched(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """Return what a round adds to rows that search among its picks alone."""
+        near = self._search(rows, number, number + 1)
+        window = Window(self.picks, near, self._push(rows, near))
+        new, (_, farthest) = window.sums(number, self.window), window.known(number, self.window)
+        tied, picked = np.flatnonzero(farthest >= near.reach), self.history[number]
+        if len(tied):
+            some = rows[tied]
+            new[tied] = direct_repulsion(self.x[some], self.cluster_ids[some], picked, self.parameters)
+            self.compared += len(tied) * len(picked.x)
         return new
 
-    def _sum(self, rows: np.ndarray, near: Kept, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what a round adds to rows, and which of them know too few of its picks to tell."""
-        there = self._there(near, number, self.window)
+    def _push(self, rows: np.ndarray, near: Kept, *, own_adds: bool = True) -> np.ndarray:
         own = self.cluster_ids[rows, None] == self.picks.cluster_ids[near.picks]
-        new = in_order(np.where(there, self.parameters.push(near.sq_dists, own), 0.0))
-        # A pick that is not known may be as near as the reach.
-        farthest = np.where(there, near.sq_dists, 0.0).max(axis=1)
-        return new, np.flatnonzero((there.sum(axis=1) < self.window) | (farthest >= near.reach))
+        push = self.parameters.push(near.sq_dists, own)
+        return push if own_adds else np.where(own, 0.0, push)
 
     def _store(self, rows: np.ndarray, near: Kept, sums: np.ndarray) -> None:
         fresh = rows[self.slot[rows] < 0]
         if self.taken + len(fresh) > len(self.rows):
             room = min(len(self.x), max(self.taken + len(fresh), 2 * len(self.rows)))
-            kept = Kept.none(room, self.width)
-            kept.put(np.arange(len(self.rows)), self.kept)
-            self.kept = kept
-            for name in ("rows", "sums", "knows"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate([old, np.empty(room - len(old), old.dtype)]))
+            self.rows, self.sums, self.knows, *kept = (
+                np.concatenate([old, np.empty((room - len(old), *old.shape[1:]), old.dtype)])
+                for old in (self.rows, self.sums, self.knows, *self.kept)
+            )
+            self.kept = Kept(*kept)
         self.slot[fresh] = np.arange(self.taken, self.taken + len(fresh))
         self.taken += len(fresh)
         at = self.slot[rows]
@@ -285,14 +256,53 @@ class NearestPicks:
         self.rows[at], self.sums[at], self.knows[at] = rows, sums, self.picks.known[-1]
 
 
-class Kept:
+class Window:
+    """What the nearest picks of a round add to rows that know some, near, which push float64 [r, w] each."""
+
+    def __init__(self, picks: Appearances, near: Kept, push: np.ndarray) -> None:
+        # One contiguous column a pick: columns are added one after the other.
+        known = near.picks.T
+        self.first, self.end = picks.first[known], np.where(known < 0, 0, picks.end[known])
+        self.push, self.sq_dists = np.ascontiguousarray(push.T), np.ascontiguousarray(near.sq_dists.T)
+
+    def sums(self, number: int, most: np.ndarray | int) -> np.ndarray:
+        """Return what the nearest `most` picks of a round add, float64 [r]."""
+        total = np.zeros(self.push.shape[1])
+        for there, push in zip(self._there(number, most), self.push, strict=True):
+            # Zeros change no bit of the sum.
+            total += np.where(there, push, 0.0)
+        return total
+
+    def known(self, number: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many of the nearest `most` picks of a round are there, int8 [r], and the squared
+        distance of the farthest, float64 [r]."""
+        count = np.zeros(self.push.shape[1], np.int8)
+        farthest = np.zeros(self.push.shape[1])
+        for there, sq_dists in zip(self._there(number, most), self.sq_dists, strict=True):
+            count += there
+            np.copyto(farthest, sq_dists, where=there)
+        return count, farthest
+
+    def _there(self, number: int, most: np.ndarray | int) -> Iterator[np.ndarray]:
+        """Tell whose picks repel in a round, one nearest pick after the other, bool [r]."""
+        left = np.broadcast_to(np.asarray(most, np.int32), self.push.shape[1]).copy()
+        for first, end in zip(self.first, self.end, strict=True):
+            there = first <= number
+            there &= number < end
+            there &= left > 0
+            left -= there
+            yield there
+
+
+class Kept(NamedTuple):
     """Nearest picks of some rows, ascending by distance: picks int32 and sq_dists float64 [r, w].
 
     All that are nearer than reach float64 [r] are there (0: of a glimpse); empty places hold -1 and infinity.
     """
 
-    def __init__(self, picks: np.ndarray, sq_dists: np.ndarray, reach: np.ndarray) -> None:
-        self.picks, self.sq_dists, self.reach = picks, sq_dists, reach
+    picks: np.ndarray
+    sq_dists: np.ndarray
+    reach: np.ndarray
 
     @staticmethod
     def none(r: int, width: int) -> Kept:

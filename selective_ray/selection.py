@@ -29,10 +29,8 @@ NEAR_SQ_DIST = 1e-3
 REPULSION_ERROR = 1e-6
 # Where all picks repel, so many nearest are bounded apart from the rest.
 NEAR_PICKS = 16
-# Where only the nearest repel: so many picks near that of its cluster a row looks at before it meets all. The
-# foremost of each cluster do not look before.
+# Where only the nearest repel: so many picks near that of its cluster a row looks at before it meets all.
 GLIMPSED_PICKS = 64
-GLIMPSE_AFTER = 4
 
 
 class Met:
@@ -110,49 +108,59 @@ class Candidates:
         if h := self.parameters.window(len(picked.x)):
             if self.nearest_picks is None:
                 args = (self.x, self.cluster_ids, h, self.parameters)
-                self.nearest_picks = NearestPicks(*args, keep=self.prune)
+                self.nearest_picks = NearestPicks(*args, sq_norms=self.sq_norms)
             self.nearest_picks.add(picked)
         self.low *= self.momentum
         if self.prune:
             self._raise_low(picked)
 
-    def nominate(self, weight: float) -> Picks:
+    def bar(self, weight: float) -> Picks:
+        """Return the last picks among these rows, with what their utilities now are at least.
+
+        They are hard to beat: rows that cannot need not meet anyone. None where nothing is pruned.
+        """
+        if not self.history or not self.prune:
+            return Picks.none()
+        _, rows = find(self.image_ids, self.history[-1].image_ids)
+        rows = rows[np.isin(self.cluster_ids[rows], self.clusters)]
+        self._catch_up(rows)
+        rows = rows[~self.unsure[rows]]
+        utilities = self.densities[rows] - weight * (1 + REPULSION_ERROR) * self.repulsion[rows]
+        return Picks(self.cluster_ids[rows], self.image_ids[rows], utilities)
+
+    def nominate(self, weight: float, bar: Picks | None = None) -> Picks:
         """Return the best of these rows in each open cluster by density - weight · repulsion.
 
         Ties go to the smallest image_id. Every row that could win within the error of products is judged by
         direct differences over all earlier picks, so the winners do not depend on how rows were blocked.
+        Rows below the bar, that of all processes, are left out (None: that of these rows).
         """
         if not self.prune:
             self._catch_up(np.arange(len(self.x)))
-        elif self.history:
-            # The last picks are hard to beat: who cannot need not meet anyone.
-            self._catch_up(self._held(self.history[-1].image_ids))
+        bar = self.bar(weight) if bar is None else bar
         surely = np.full(len(self.clusters), -np.inf)
+        here = np.isin(bar.cluster_ids, self.clusters)
+        surely[np.searchsorted(self.clusters, bar.cluster_ids[here])] = bar.utilities[here]
         upper = self._bounded(slice(None), weight, surely)
         able = np.flatnonzero(upper >= surely[self.place])
-        upper, most = upper[able], 1
+        upper, most, look = upper[able], 1, self._glimpses()
         while True:
             waiting = np.flatnonzero(self.seen[self.rows[able]] < len(self.history))
             if not len(waiting):
                 break
-            if most == GLIMPSE_AFTER and self._glimpses():
-                some = waiting
+            if look:
+                some, look = waiting, False
                 self._glimpse(able[some])
             else:
                 some = waiting[foremost(self.place[able[waiting]], upper[waiting], len(self.clusters), most)]
                 self._catch_up(self.rows[able[some]])
+                most *= 4
             upper[some] = self._bounded(able[some], weight, surely)
             left = upper >= surely[self.place[able]]
             able, upper = able[left], upper[left]
-            most *= 4
         rows = self.rows[able]
         utilities = self.densities[rows] - weight * self.exact_repulsion(rows)
         return Picks.none().merge(Picks(self.cluster_ids[rows], self.image_ids[rows], utilities))
-
-    def _held(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return the numbers of `rows` that are among some images, int64."""
-        _, found = find(self.image_ids, image_ids)
-        return found[np.isin(self.cluster_ids[found], self.clusters)]
 
     def _bounded(self, some: np.ndarray | slice, weight: float, surely: np.ndarray) -> np.ndarray:
         """Return the utility that some of `rows` have at most; raise what their clusters surely reach."""
@@ -248,7 +256,9 @@ class Candidates:
 
     def _glimpses(self) -> bool:
         """Tell whether picks near those of the clusters are few beside all."""
-        return self.nearest_picks is not None and 2 * self.near.shape[1] < len(self.history[0].x)
+        return (
+            self.prune and self.nearest_picks is not None and 2 * self.near.shape[1] < len(self.history[0].x)
+        )
 
     def _glimpse(self, some: np.ndarray) -> None:
         """Raise `low` of some of `rows` by what the picks near that of their cluster do."""
@@ -261,7 +271,7 @@ class Candidates:
             which = some[seen == since]
             # Those of a cluster side by side.
             which = which[np.argsort(self.place[which], kind="stable")]
-            for part in blocks(len(which), 4 * self.near.shape[1]):
+            for part in blocks(len(which), 32 * self.near.shape[1]):
                 at = which[part]
                 rows = self.rows[at]
                 low = self.repulsion[rows]

@@ -115,10 +115,14 @@ def select(
         started = time.monotonic()
 
         def nominate(weight: float) -> Picks:
-            """Send references to the earlier picks, m·d floats a round; merge one Picks an actor."""
+            """Send references to the earlier picks, m·d floats a round; merge two Picks an actor."""
             nonlocal weight_at_last
-            picks, pairs = pool.fold(lambda actor: actor.nominate.remote(weight, judging, history), _merge)
-            compared.append(pairs)
+            bar, first = pool.fold(lambda actor: actor.bar.remote(weight, judging, history), _merge)
+            sent = ray.put(bar)
+            picks, pairs = pool.fold(
+                lambda actor: actor.nominate.remote(weight, sent, judging, history), _merge
+            )
+            compared.append(first + pairs)
             weight_at_last = weight
             return picks
 

@@ -273,14 +273,25 @@ class ShardHolder:
         """Count the densities of the rows held here, for their median."""
         return density.half_counts(self._column("density", column), high)
 
-    def nominate(self, weight: float, judging: Judging, history: list[ray.ObjectRef]) -> tuple[Picks, int]:
+    def bar(self, weight: float, judging: Judging, history: list[ray.ObjectRef]) -> tuple[Picks, int]:
+        """Return the last picks among the rows held here, with what their utilities now are at least.
+
+        Also returns how many pairs of row and pick have been compared for it.
+        """
+        candidates = self._candidates(judging, history)
+        before = candidates.compared
+        return candidates.bar(weight), candidates.compared - before
+
+    def nominate(
+        self, weight: float, bar: Picks, judging: Judging, history: list[ray.ObjectRef]
+    ) -> tuple[Picks, int]:
         """Nominate among the rows held here, after the picks of all earlier rounds have repelled them.
 
         Also returns how many pairs of row and pick have been compared for it.
         """
         candidates = self._candidates(judging, history)
         before = candidates.compared
-        return candidates.nominate(weight), candidates.compared - before
+        return candidates.nominate(weight, bar), candidates.compared - before
 
     def clusters_of(
         self, table: str, image_ids: np.ndarray, count: int
