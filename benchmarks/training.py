@@ -30,10 +30,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from selective_ray import augment, classifiers, config, fixmatch, held_out, labeling
+from selective_ray import augment, batches, classifiers, config, fixmatch, held_out, labeling
 from selective_ray.actors import demo, pipeline
 from selective_ray.actors.session import Session
 from selective_ray.actors.training import train
+from selective_ray.pixels import Pixels
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 from selective_ray.training import Training
@@ -137,8 +138,6 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
     labels = np.array([names.index(name) for name in classes_of(run)], np.int64)
     chosen = np.random.default_rng(0).choice(len(labels), 40, replace=False)
     labeled(run, sorted(chosen.tolist()), [names[labels[i]] for i in sorted(chosen)], folder)
-    from selective_ray.pixels import Pixels
-
     pixels = Pixels.of_run(run, size=32, limit=2**40).get(np.arange(len(labels)))
     ratios = []
     for pair in range(arguments.pairs):
@@ -157,6 +156,39 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
 # Learning
 
 
+def learned(
+    settings: config.Config,
+    pixels: np.ndarray,
+    names: list[str],
+    rows: list[int],
+    others: np.ndarray,
+    truth: list[str],
+) -> float:
+    """Accuracy after the steps that `train` takes on labeled rows, in this process."""
+    plan = batches.Plan(
+        labeled_ids=np.array(rows),
+        images=len(pixels),
+        rejected=np.empty(0, np.int64),
+        labeled=settings.train.batch,
+        unlabeled=settings.train.batch * settings.train.unlabeled_ratio,
+        seed=settings.seed,
+    )
+    classes = sorted({names[row] for row in rows})
+    torch.manual_seed(settings.seed)
+    network = classifiers.build(settings.train.network, len(classes))
+    learner = fixmatch.Learner(network, fixmatch.Recipe(**settings.train.recipe()))
+    for t in range(settings.train.steps):
+        ids = plan.step(t)
+        weak = batches.draws(plan.seed, t, plan.slots, augment.WEAK_DRAWS, batches.WEAK)
+        strong = batches.draws(plan.seed, t, plan.slots, augment.STRONG_DRAWS, batches.STRONG)
+        known, rest = np.split(ids, [plan.labeled])
+        targets = np.array([classes.index(names[i]) for i in known], np.int64)
+        sizes = plan.labeled, plan.unlabeled
+        learner.step(t, pixels[known], targets, pixels[rest], (weak, strong[plan.labeled :]), sizes)
+    answers = learner.probabilities(others).argmax(axis=1)
+    return float(np.mean([classes[a] == true for a, true in zip(answers, truth, strict=True)]))
+
+
 def learning(arguments: argparse.Namespace, folder: Path) -> None:
     images = folder / "images"
     if arguments.images == "digits":
@@ -171,26 +203,28 @@ def learning(arguments: argparse.Namespace, folder: Path) -> None:
         into = folder / ("held-out" if i % 3 == 0 else "images") / name
         into.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, into / file.name)
-    others = held_out.read(str(folder / "held-out"))
+    listed = held_out.read(str(folder / "held-out"))
     options = {"embed.encoder": arguments.encoder, "embed.image_size": arguments.embed_size}
     options |= {"embed.checkpoint": arguments.checkpoint} if arguments.checkpoint else {}
     base = embedded(images, folder / "base", **options)
-    names = classes_of(base)
+    names, truth = classes_of(base), listed.labels
+    pixels = Pixels.of_run(base, size=arguments.size, limit=2**40).get(np.arange(len(names)))
+    size = np.array([len(truth)], np.int64)
+    others = Pixels(folder / "cache", size, lambda shard: listed.rows, size=arguments.size, limit=2**40)
+    others = others.get(np.arange(len(truth)))
     found: dict[tuple[str, str], list[float]] = {}
     for seed in range(arguments.seeds):
         for picked in ("usl", "random"):
-            run = Run(str(folder / f"{picked}-{seed}"))
-            choose = {"selection.budget": arguments.budget, "seed": seed}
-            settings, asked = config.load(options=choose, own_embeddings=True)
-            source = pipeline.Source(embeddings=base.uri)
-            pipeline.advance(run, source, settings, asked, QUIET, upto="selection")
             if picked == "usl":
+                run = Run(str(folder / f"usl-{seed}"))
+                choose = {"selection.budget": arguments.budget, "seed": seed}
+                settings, asked = config.load(options=choose, own_embeddings=True)
+                source = pipeline.Source(embeddings=base.uri)
+                pipeline.advance(run, source, settings, asked, QUIET, upto="selection")
                 rows = run.read_shard("selection", 0)["image_id"].to_pylist()
             else:
-                rows = (
-                    np.random.default_rng(seed).choice(len(names), arguments.budget, replace=False).tolist()
-                )
-            labeled(run, sorted(rows), [names[i] for i in sorted(rows)], folder)
+                rng = np.random.default_rng(seed)
+                rows = rng.choice(len(names), arguments.budget, replace=False).tolist()
             for method, ratio in (("FixMatch", arguments.ratio), ("supervised", 0)):
                 asked = {
                     "train.network": arguments.network,
@@ -199,15 +233,12 @@ def learning(arguments: argparse.Namespace, folder: Path) -> None:
                     "train.batch": arguments.batch,
                     "train.unlabeled_ratio": ratio,
                     "train.average": 0.99,
-                    "train.evaluate_every": arguments.steps,
-                    "train.checkpoint_every": arguments.steps,
-                    "resources.workers": 1,
                     "seed": seed,
                 }
                 settings, _ = config.load(options=asked, own_embeddings=True)
-                _, summary = train(run, settings, method, QUIET, held_out=others)
-                found.setdefault((picked, method), []).append(summary["accuracy"])
-                print(seed, picked, method, f"{100 * summary['accuracy']:.2f}", flush=True)
+                accuracy = learned(settings, pixels, names, sorted(rows), others, truth)
+                found.setdefault((picked, method), []).append(accuracy)
+                print(seed, picked, method, f"{100 * accuracy:.2f}", flush=True)
     for (picked, method), values in found.items():
         shown = 100 * np.array(values)
         print(

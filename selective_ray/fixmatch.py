@@ -25,6 +25,9 @@ from selective_ray.inference import autocast_dtype
 
 # Per channel, of pixels in [0, 1]: those of ImageNet, for any images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Batch statistics of a smaller momentum than this begin as the plain mean of the steps so far, until the
+# momentum is reached: at FixMatch's 0.001 they would describe no batch at all for the first thousands.
+SLOW = 0.01
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,11 @@ class Learner:
         self.average = (average or copy.deepcopy(network)).to(device, memory_format=layout).eval()
         self.optimizer = optimizer(self.network, recipe)
         self.workers = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.slow = [
+            (layer, layer.momentum)
+            for layer in self.network.modules()
+            if getattr(layer, "running_mean", None) is not None and layer.momentum < SLOW
+        ]
         self.mean = torch.tensor(MEAN, device=device)[:, None, None]
         self.std = torch.tensor(STD, device=device)[:, None, None]
 
@@ -180,6 +188,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
+        for layer, momentum in self.slow:
+            layer.momentum = max(momentum, 1 / (t + 1))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.network(torch.cat(views)).float() if self.dtype else self.network(torch.cat(views))
             known, seen, hard = logits.split([b, len(unlabeled), len(unlabeled)])

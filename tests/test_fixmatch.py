@@ -221,3 +221,19 @@ def test_judged_by_hand():
     assert found.by_class[:2].tolist() == [1.0, pytest.approx(2 / 3)] and np.isnan(found.by_class[2])
     # Ranges of 0.9, 0.8 and 0.7: |1 - .95|, |0 - .85|, |2 - 1.45|, over four images.
     assert found.calibration_error == pytest.approx((0.05 + 0.85 + 0.55) / 4)
+
+
+def test_slow_batch_statistics_begin_as_the_mean_of_all_batches():
+    """WRN's momentum of 0.001 would leave them near their start for thousands of steps."""
+    torch.manual_seed(0)
+    learner = Learner(classifiers.build("wrn-10-1", 3), Recipe(steps=10))
+    norm, seen = learner.network.blocks[0].norm1, []
+    norm.register_forward_pre_hook(lambda layer, given: seen.append(given[0].detach().mean((0, 2, 3))))
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    for t in range(5):
+        weak, strong = rng.random((12, augment.WEAK_DRAWS)), rng.random((8, augment.STRONG_DRAWS))
+        learner.step(t, pixels[:4], np.array([0, 1, 2, 0]), pixels[4:], (weak, strong), (4, 8))
+    assert torch.allclose(norm.running_mean, torch.stack(seen).mean(0), atol=1e-5)
+    learner.step(5000, pixels[:4], np.array([0, 1, 2, 0]), pixels[4:], (weak, strong), (4, 8))
+    assert norm.momentum == 0.001
