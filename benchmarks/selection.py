@@ -27,7 +27,7 @@ import faiss
 import numpy as np
 import ray
 
-from selective_ray import config, density, kmeans, selection
+from selective_ray import assignment, config, density, kmeans, selection
 from selective_ray.actors import pipeline
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
@@ -120,7 +120,7 @@ def clustered(x: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     centroids = x[kmeans.initial_rows(len(x), clusters, seed)]
     how = {"n": len(x), "iterations": 200, "tolerance": 1e-4, "final_assignment": True}
     clustering = kmeans.lloyd(kmeans.Rows(x, np.arange(len(x)), len(x)).step, centroids, **how)
-    return kmeans.assign(x, clustering.assigned_by)
+    return assignment.assign(x, clustering.assigned_by)
 
 
 def picks(x: np.ndarray, sq_dists: np.ndarray, labels: np.ndarray, settings: config.Selection) -> np.ndarray:

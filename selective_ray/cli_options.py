@@ -66,6 +66,9 @@ Labeled = Annotated[
         "--labeled", help="CSV file (uri or image_id) of images that have labels: not picked, kept away from."
     ),
 ]
+Method = Annotated[
+    str | None, typer.Option("--method", help="How to select: usl (default), prototypes or k-medoid.")
+]
 KeepUtilities = Annotated[
     bool, typer.Option("--keep-utilities", help="Write the utility of every image to utilities/.")
 ]

@@ -96,8 +96,21 @@ class Cluster(Section):
     final_assignment: bool = True
 
 
+# What only USL's selection takes.
+USL_ONLY = (
+    *("rounds", "weight", "momentum", "alpha", "horizon_sq_dist", "horizon_picks"),
+    *("exclude_own_cluster", "scale", "keep_utilities"),
+)
+
+
 class Selection(Section):
-    """The densest image of each cluster, regularized."""
+    """Which images are selected: by USL the densest of each cluster, regularized."""
+
+    # "k-medoid": the image nearest to the centroid of each cluster. "prototypes": these, improved by swaps
+    # that lower the squared distance of all images to their nearest pick.
+    method: Literal["usl", "k-medoid", "prototypes"] = "usl"
+    # Passes of swaps at most.
+    passes: int = Field(8, ge=1)
 
     budget: int | None = Field(None, ge=1)
     # Budgets that contain each other, ascending, in place of one.
@@ -346,6 +359,10 @@ def _validate(flat: dict[str, Any]) -> Config:
             raise UsageError(
                 f"budgets must increase, and {larger} follows {smaller}; each contains the ones before it"
             )
+    if config.selection.keep_utilities and config.selection.method != "usl":
+        raise UsageError(
+            "selection.keep_utilities is of the method usl; other methods give only picks a utility"
+        )
     if config.density.k == 1 and config.density.include_self:
         raise UsageError(
             "density.k = 1 with density.include_self is the distance of every image to itself, which is 0; "

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from selective_ray import config as configuration
-from selective_ray import density, embeddings, kmeans, selection, starts, two_level
+from selective_ray import density, embeddings, kmeans, prototypes, selection, starts, two_level
+from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.neighbors import neighbors
 from selective_ray.repulsion import PickedVectors, repulsion_unit
@@ -138,6 +139,8 @@ def select(
     clustering = clusters.run(budget)
     labels = clusters.rows.labels(clustering.assigned_by)
 
+    if config.selection.method != "usl":
+        return _prototypes(x, sq_dists, labels, clustering.centroids, config)
     scaled = config.selection.scale == "median"
     unit = density.median(lambda high: density.half_counts(sq_dists, high)) if scaled else 1.0
     parameters = config.selection.repulsion()
@@ -166,4 +169,37 @@ def select(
         labels,
         sq_dists,
         clustering.centroids,
+    )
+
+
+def _prototypes(
+    x: np.ndarray,
+    sq_dists: np.ndarray,
+    labels: np.ndarray,
+    centroids: np.ndarray,
+    config: configuration.Config,
+) -> Selected:
+    ids, n = np.arange(len(x)), len(x)
+    to_centroids = sq_dists_direct(x, ids, centroids, labels).astype(np.float32)
+    start = Picks.none().merge(Picks(labels, ids, -to_centroids.astype(np.float64)))
+    rows = prototypes.Represented(x, ids, sq_dists, n)
+    state = prototypes.improve(
+        prototypes.Medoids(start.image_ids, x[start.image_ids], 0),
+        *(rows.represent, rows.propose, rows.gains),
+        n=n,
+        seed=config.seed,
+        passes=config.selection.passes if config.selection.method == "prototypes" else 0,
+    )
+    picks, counts = state.medoids.image_ids, state.costs.counts
+    order = np.lexsort((picks, labels[picks]))
+    picks = picks[order]
+    return Selected(
+        picks,
+        labels[picks],
+        sq_dists[picks],
+        np.zeros(len(picks)),
+        counts[order] / n,
+        labels,
+        sq_dists,
+        centroids,
     )

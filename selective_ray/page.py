@@ -185,10 +185,17 @@ def _summary(facts: Facts) -> str:
     giving = (
         f"each of the {m - before:,} largest without an earlier one" if before or marked else "each group"
     )
+    method = facts.setting("selection", "method", "usl")
+    given = {
+        "usl": "the image that the most others look like"
+        + (", passing over those close to what other groups gave" if apart else ""),
+        "k-medoid": "the image in its middle",
+        "prototypes": "the image in its middle; then images were swapped for others wherever all images "
+        "together then look more like one that was chosen",
+    }
     how = (
         f"The images were sorted by what they show into {_amount(groups, 'group')}, and {giving} gave "
-        "the image that the most others look like"
-        f"{', passing over those close to what other groups gave' if apart else ''}."
+        f"{given[method]}."
     )
     return f'<p class="lead">{chosen} {how} {_headline(facts.coverage)}</p>'
 
@@ -469,13 +476,18 @@ def _grid(facts: Facts, pictures: dict[int, Picture]) -> str:
     figures = [_figure(facts.picks, pick, picture) for pick, picture in pictures.items()]
     few = " few" if len(figures) <= 12 else ""
     units = ", both in units of what is usual here" if facts.setting("selection", "scale") == "median" else ""
+    meant = (
+        "repulsion how close the picks of other clusters are, and utility is what was maximized: density "
+        f"less weighted repulsion{units}"
+        if facts.setting("selection", "method", "usl") == "usl"
+        else "and utility is the share of all images to which no other pick is nearer"
+    )
     rest = figures[UNFOLDED:]
     folded = f"""<details><summary>Show the other {len(rest):,}, down to the smallest cluster</summary>
 <div class="grid">
 {"".join(rest)}
 </div></details>"""
-    return f"""<p>{words} Density says how many images look alike here, repulsion how close the picks of
-other clusters are, and utility is what was maximized: density less weighted repulsion{units}.</p>
+    return f"""<p>{words} Density says how many images look alike here, {meant}.</p>
 <div class="grid{few}">
 {"".join(figures[:UNFOLDED])}
 </div>

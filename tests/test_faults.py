@@ -57,6 +57,17 @@ def command(source: list[str], run: Path, settings: dict, budget: int) -> list[s
     ]
 
 
+@pytest.mark.faults
+def test_shard_holder_killed_among_swaps(two_cpus, vectors, tmp_path):
+    how = {**SETTINGS, "selection.budget": BUDGET, "selection.method": "prototypes"}
+    quiet = advance(tmp_path / "quiet", source=pipeline.Source(embeddings=str(vectors)), **how)
+    run = tmp_path / "run"
+    with killer("ray::ShardHolder", lambda: under_way(run, "selection", 0)) as killed:
+        done = advance(run, source=pipeline.Source(embeddings=str(vectors)), **how)
+    assert len(killed) == 1
+    assert picks_of(done) == picks_of(quiet)
+
+
 def under_way(run: Path, table: str, shards: int) -> bool:
     """Whether a table was begun, has some shards, and is not finished."""
     folder = run / table

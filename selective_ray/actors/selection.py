@@ -1,13 +1,12 @@
-"""The select stage: the rounds' loop here, nominations and repulsion on the actors that hold the shards."""
+"""The select stage: what was picked, by whichever method, becomes the table `selection/`."""
 
 from __future__ import annotations
 
 import csv
-import functools
 import hashlib
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +14,15 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import density, selection
+from selective_ray import selection
+from selective_ray.actors import prototypes, rounds
+from selective_ray.actors.picking import Asked, in_place
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import peak_memory
-from selective_ray.actors.shards import Judging
-from selective_ray.config import Config
+from selective_ray.config import USL_ONLY, Config
 from selective_ray.errors import UserError
 from selective_ray.progress import Reporter
-from selective_ray.repulsion import PickedVectors, repulsion_unit
-from selective_ray.schema import Picks, selection_schema, sq_dist_column
+from selective_ray.schema import selection_schema, sq_dist_column
 from selective_ray.store import Manifest, Run, Stopwatch, nested
 
 CSV = "selection.csv"
@@ -59,7 +58,10 @@ def steps(config: Config, labeled: np.ndarray) -> list[Step]:
 
 def what_of(config: Config, step: Step) -> dict[str, Any]:
     """Return what a selection depends on, as its manifest has it; of the labeled, their image ids."""
-    settings = config.selection.model_dump(exclude={"budgets", "labeled"}) | {"budget": step.budget}
+    method = config.selection.method
+    # What other methods take is left out, so that runs from before there were any are continued.
+    without = {"budgets", "labeled"} | ({"method", "passes"} if method == "usl" else set(USL_ONLY))
+    settings = config.selection.model_dump(exclude=without) | {"budget": step.budget}
     if len(step.labeled):
         settings["labeled"] = hashlib.sha256(step.labeled.astype("<i8").tobytes()).hexdigest()[:16]
     return {"selection": settings}
@@ -88,7 +90,7 @@ def select(
     if done := run.begin(step.selection, what, inputs):
         return done
     stopwatch = Stopwatch(run, step.selection)
-    settings, repulsion = config.selection, config.selection.repulsion()
+    settings = config.selection
     column = sq_dist_column(config.density.estimator)
     before, budgets_before = _picked(run, step)
     fixed = np.union1d(step.labeled, before)
@@ -98,92 +100,60 @@ def select(
             "keeping the utility of every image compares every image with every pick in every round, "
             "and nothing is pruned"
         )
-    history: list[ray.ObjectRef] = []
-    compared: list[int] = []
-    pairs_in_all, weight_at_last = 1, 0.0
-    with reporter.stage("select", settings.rounds, "rounds") as bar:
+    method = rounds if settings.method == "usl" else prototypes
+    with reporter.stage("select", method.expected(settings), method.UNITS) as bar:
         pool.start()
-        scaled = settings.scale == "median"
-        unit = density.median(functools.partial(_half_counts, pool, column)) if scaled else 1.0
-        fixed_clusters, sizes = _clusters(run, pool, step, fixed)
-        judged = Judging(
-            *(step.clusters, column, unit, config.density.floor, settings.momentum, repulsion),
-            open=selection.largest_open(sizes, fixed_clusters, count) if len(fixed) else None,
-            prune=not settings.keep_utilities,
-        )
-        judging = ray.put(judged)
-        started = time.monotonic()
+        fixed_clusters, sizes = _clusters(run, pool, step.clusters, fixed)
 
-        def nominate(weight: float) -> Picks:
-            """Send references to the earlier picks, m·d floats a round; merge two Picks an actor."""
-            nonlocal weight_at_last
-            bar, first = pool.fold(lambda actor: actor.bar.remote(weight, judging, history), _merge)
-            sent = ray.put(bar)
-            picks, pairs = pool.fold(
-                lambda actor: actor.nominate.remote(weight, sent, judging, history), _merge
-            )
-            compared.append(first + pairs)
-            weight_at_last = weight
-            return picks
-
-        def fetch(picks: Picks) -> PickedVectors:
-            nonlocal pairs_in_all
-            ids = np.concatenate([fixed, picks.image_ids])
-            clusters = np.concatenate([fixed_clusters, picks.cluster_ids])
-            order = np.lexsort((ids, clusters))
-            places, x = zip(*pool.all(lambda actor: actor.vectors.remote(ids[order])), strict=True)
-            pairs_in_all = int(sizes.sum()) * len(ids)
-            return PickedVectors(clusters[order], ids[order], _in_place(places, x))
-
-        def watch(number: int) -> None:
+        def watch(words: str) -> None:
             bar.advance(1)
-            if number > 1:
-                bar.say(f"{100 * compared[-1] / pairs_in_all:.2f} % of distances to picks computed")
+            if words:
+                bar.say(words)
             check()
             stopwatch.note()
 
-        picks = selection.rounds(
-            nominate,
-            fetch,
-            lambda picked: history.append(ray.put(picked)),
-            n_rounds=settings.rounds,
-            weight=settings.weight,
-            unit=lambda picked: repulsion_unit(picked, repulsion) if scaled else 1.0,
-            watch=watch,
+        asked = Asked(
+            config=config,
+            clusters=step.clusters,
+            column=column,
+            fixed=fixed,
+            fixed_clusters=fixed_clusters,
+            sizes=sizes,
+            count=count,
+            open=selection.largest_open(sizes, fixed_clusters, count) if len(fixed) else None,
         )
+        started = time.monotonic()
+        chosen = method.pick(pool, asked, watch)
         seconds_of_rounds = time.monotonic() - started
-        if len(picks.image_ids) != count:
+        if len(chosen.image_ids) != count:
             raise UserError(
-                f"{len(picks.image_ids)} clusters hold images and are open, and {count} are needed for the "
+                f"{len(chosen.image_ids)} clusters hold images and are open, and {count} are needed for the "
                 f"budget of {step.budget}; remove {run.path(step.clusters)} and run again"
             )
-        ids = np.concatenate([before, picks.image_ids])
-        clusters = np.concatenate([fixed_clusters[np.searchsorted(fixed, before)], picks.cluster_ids])
+        ids = np.concatenate([before, chosen.image_ids])
+        clusters, _ = _clusters(run, pool, step.clusters, ids)
         order = np.lexsort((ids, clusters))
         ids, clusters = ids[order], clusters[order]
-        answers = pool.all(lambda actor: actor.measured.remote(ids, judging, history))
-        places, sq_dists, repulsions, peaks = zip(*answers, strict=True)
+        answers = pool.all(lambda actor: actor.sq_dists_of.remote(column, ids))
+        places, sq_dists, peaks = zip(*answers, strict=True)
+        sq_dists = in_place(places, sq_dists)
         memory = {"driver": peak_memory(), "largest_worker": max(peaks)}
-        if settings.keep_utilities and not run.begin(step.utilities, what, inputs):
-            written = pool.all(
-                lambda actor: actor.write_utilities.remote(step.utilities, weight_at_last, judging, history)
-            )
+        repulsions, utilities = chosen.judge(ids, sq_dists)
+        if chosen.write and not run.begin(step.utilities, what, inputs):
             run.finish(
                 step.utilities,
-                [shard for shards in written for shard in shards],
+                chosen.write(step.utilities),
                 seconds=stopwatch.seconds(),
                 peak_memory_bytes=memory,
                 summary={},
             )
-    sq_dists, repulsions = _in_place(places, sq_dists), _in_place(places, repulsions)
-    densities = density.relative(sq_dists, unit=unit, floor=config.density.floor)
     columns = {
         "image_id": ids,
         "uri": run.listed(ids)["uri"],
         "cluster_id": clusters,
         column: sq_dists,
         "repulsion": repulsions,
-        "utility": densities - weight_at_last * repulsions,
+        "utility": utilities,
     }
     if step.smaller:
         columns["budget"] = np.concatenate([budgets_before, np.full(count, step.budget)])[order]
@@ -201,9 +171,7 @@ def select(
             **({"labeled_before": len(step.labeled)} if len(step.labeled) else {}),
             **({"selected_before": len(before)} if len(before) else {}),
             **({"clusters_closed": len(np.unique(fixed_clusters))} if len(fixed) else {}),
-            # Of those that every image has to every pick, round by round from the second on.
-            "distances_computed": [round(pairs / pairs_in_all, 6) for pairs in compared[1:]],
-            "pruned": judged.prune,
+            **chosen.summary,
             "seconds_of_rounds": round(seconds_of_rounds, 3),
         },
     )
@@ -220,11 +188,11 @@ def _picked(run: Run, step: Step) -> tuple[np.ndarray, np.ndarray]:
     return image_ids, np.full(len(image_ids), run.manifest(step.smaller).what["selection"]["budget"])
 
 
-def _clusters(run: Run, pool: Pool, step: Step, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _clusters(run: Run, pool: Pool, table: str, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the clusters of some images, int32 [p], and the sizes of all clusters, int64 [c]."""
-    count = run.manifest(step.clusters).summary["clusters"]
+    count = run.manifest(table).summary["clusters"]
     sent = ray.put(image_ids)
-    answers = pool.all(lambda actor: actor.clusters_of.remote(step.clusters, sent, count))
+    answers = pool.all(lambda actor: actor.clusters_of.remote(table, sent, count))
     places, clusters, sizes = zip(*answers, strict=True)
     found = np.concatenate(places)
     if len(found) < len(image_ids):
@@ -233,20 +201,7 @@ def _clusters(run: Run, pool: Pool, step: Step, image_ids: np.ndarray) -> tuple[
             f"labeled image {image_ids[lost[0]]}{f' and {len(lost) - 1:,} more' if len(lost) > 1 else ''} "
             f"could not be read when {run.uri} was embedded (see rejected/); take it out of --labeled"
         )
-    return _in_place(places, clusters), np.sum(sizes, axis=0)
-
-
-def _merge(mine: tuple[Picks, int], theirs: tuple[Picks, int]) -> tuple[Picks, int]:
-    return mine[0].merge(theirs[0]), mine[1] + theirs[1]
-
-
-def _half_counts(pool: Pool, column: str, high: int | None) -> np.ndarray:
-    return pool.fold(lambda actor: actor.half_counts.remote(column, high), np.add)
-
-
-def _in_place(places: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
-    """Put what the actors answered in the order of the picks."""
-    return np.concatenate(values)[np.argsort(np.concatenate(places))]
+    return in_place(places, clusters), np.sum(sizes, axis=0)
 
 
 def _csv(table: pa.Table) -> bytes:

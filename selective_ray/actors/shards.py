@@ -31,6 +31,7 @@ from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.joining import Block, Cells
 from selective_ray.neighbors import Nearest
+from selective_ray.prototypes import Costs, Gains, Medoids, Proposals, Represented
 from selective_ray.repulsion import Repulsion
 from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates
@@ -92,6 +93,7 @@ class ShardHolder:
         self.inside: kmeans.Rows | None = None
         self.candidates: Candidates | None = None
         self.judged_by = ""
+        self.represented: Represented | None = None
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -306,13 +308,17 @@ class ShardHolder:
         place, rows = selection.find(self.image_ids, image_ids)
         return place, self.x[rows]
 
-    def measured(
-        self, image_ids: np.ndarray, judging: Judging, history: list[ray.ObjectRef]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Return places of the images held here, their squared distances and repulsions, and peak memory."""
+    def sq_dists_of(self, column: str, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return places of the images held here, what their density is the inverse of, and peak memory."""
         place, rows = selection.find(self.image_ids, image_ids)
-        repulsions = self._candidates(judging, history).exact_repulsion(rows)
-        return place, self._column("density", judging.column)[rows], repulsions, peak_memory()
+        return place, self._column("density", column)[rows], peak_memory()
+
+    def repulsions_of(
+        self, image_ids: np.ndarray, judging: Judging, history: list[ray.ObjectRef]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return places of the images held here, and their repulsions."""
+        place, rows = selection.find(self.image_ids, image_ids)
+        return place, self._candidates(judging, history).exact_repulsion(rows)
 
     def write_utilities(
         self, table: str, weight: float, judging: Judging, history: list[ray.ObjectRef]
@@ -345,6 +351,30 @@ class ShardHolder:
         for picked in history[len(self.candidates.history) :]:
             self.candidates.repel(ray.get(picked))
         return self.candidates
+
+    def nearest_to_centroids(self, table: str, open: np.ndarray | None) -> Picks:
+        """Return the row held here that is nearest to the centroid of each open cluster."""
+        clusters = self._column(table, "cluster_id")
+        rows = np.arange(len(clusters)) if open is None else np.flatnonzero(np.isin(clusters, open))
+        sq_dists = self._column(table, "sq_dist")[rows].astype(np.float64)
+        return Picks.none().merge(Picks(clusters[rows], self.image_ids[rows], -sq_dists))
+
+    def represent(self, medoids: Medoids, column: str) -> Costs:
+        """Sum what the rows held here contribute to the cost of picks."""
+        return self._represented(column).represent(medoids)
+
+    def propose(self, medoids: Medoids, column: str, means: np.ndarray, draw: int) -> Proposals:
+        """Propose rows held here for picks."""
+        return self._represented(column).propose(medoids, means, draw)
+
+    def gains(self, medoids: Medoids, column: str, offered: tuple[np.ndarray, np.ndarray]) -> Gains:
+        """Return what candidates gain among the rows held here."""
+        return self._represented(column).gains(medoids, *offered)
+
+    def _represented(self, column: str) -> Represented:
+        if self.represented is None:
+            self.represented = Represented(self.x, self.image_ids, self._column("density", column), self.n)
+        return self.represented
 
     def _column(self, table: str, column: str) -> np.ndarray:
         """Read one column of a table for the rows held here; its ids are compared with theirs."""

@@ -1,0 +1,50 @@
+"""What a method of selection is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selective_ray.config import Config
+from selective_ray.store import Shard
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Pick `count` images besides those that are fixed.
+
+    clusters: the table they are clustered in; column: that of `density/`; fixed int64: image ids that have
+    labels or are of a smaller budget, with fixed_clusters int32; sizes int64 [c] of all clusters; open int32:
+    the clusters that take part, None: all.
+    """
+
+    config: Config
+    clusters: str
+    column: str
+    fixed: np.ndarray
+    fixed_clusters: np.ndarray
+    sizes: np.ndarray
+    count: int
+    open: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The images that a method picked, int64, and what its summary says.
+
+    judge: repulsion and utility float64 of images, given their squared distances. write: writes those of all
+    images to a table, where they are to be kept.
+    """
+
+    image_ids: np.ndarray
+    summary: dict[str, Any]
+    judge: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    write: Callable[[str], list[Shard]] | None = None
+
+
+def in_place(places: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Put what the actors answered in the order of what was asked."""
+    return np.concatenate(values)[np.argsort(np.concatenate(places))]

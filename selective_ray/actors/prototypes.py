@@ -1,0 +1,81 @@
+"""Prototypes on Ray: the loop of swaps here, sums over the rows on the actors that hold the shards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import ray
+
+from selective_ray import prototypes
+from selective_ray.actors.picking import Asked, Chosen, in_place
+from selective_ray.actors.pool import Pool
+from selective_ray.config import Selection
+from selective_ray.prototypes import Costs, Gains, Medoids, Pass, Proposals
+from selective_ray.schema import Picks
+
+UNITS = "passes"
+
+
+def expected(settings: Selection) -> int:
+    """Return how many passes there are at most."""
+    return settings.passes if settings.method == "prototypes" else 1
+
+
+def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
+    """Pick the images nearest to the centroids of open clusters, and swap them; fixed ones stay."""
+    settings = asked.config.selection
+    start = pool.fold(
+        lambda actor: actor.nearest_to_centroids.remote(asked.clusters, asked.open), Picks.merge
+    )
+    ids = np.concatenate([asked.fixed, start.image_ids])
+    places, x = zip(*pool.all(lambda actor: actor.vectors.remote(ids)), strict=True)
+    sent: tuple[Medoids, ray.ObjectRef] | None = None
+
+    def put(medoids: Medoids) -> ray.ObjectRef:
+        nonlocal sent
+        if sent is None or sent[0] is not medoids:
+            sent = medoids, ray.put(medoids)
+        return sent[1]
+
+    def represent(medoids: Medoids) -> Costs:
+        to = put(medoids)
+        return pool.fold(lambda actor: actor.represent.remote(to, asked.column), Costs.add)
+
+    def propose(medoids: Medoids, means: np.ndarray, draw: int) -> Proposals:
+        to, around = put(medoids), ray.put(means)
+        call = functools.partial(_propose, to, asked.column, around, draw)
+        return pool.fold(call, Proposals.merge)
+
+    def gains(medoids: Medoids, x: np.ndarray, place: np.ndarray) -> Gains:
+        to, offered = put(medoids), ray.put((x, place))
+        return pool.fold(lambda actor: actor.gains.remote(to, asked.column, offered), Gains.add)
+
+    def told(done: Pass) -> None:
+        watch(f"mean squared distance to the nearest pick {done.cost:.4f}, {done.made:,} picks swapped")
+
+    n = int(asked.sizes.sum())
+    state = prototypes.improve(
+        Medoids(ids, in_place(places, x), len(asked.fixed)),
+        *(represent, propose, gains),
+        n=n,
+        seed=asked.config.seed,
+        passes=settings.passes if settings.method == "prototypes" else 0,
+        watch=told,
+    )
+    shares = dict(zip(state.medoids.image_ids.tolist(), (state.costs.counts / n).tolist(), strict=True))
+    cost = state.costs.cost / prototypes.scale_of(n) / n
+    return Chosen(
+        image_ids=state.medoids.image_ids[len(asked.fixed) :],
+        summary={
+            "mean_sq_dist_to_pick": cost,
+            "passes": len(state.history),
+            "swapped": sum(done.made for done in state.history),
+        },
+        judge=lambda ids, _: (np.zeros(len(ids)), np.array([shares[i] for i in ids.tolist()])),
+    )
+
+
+def _propose(to: ray.ObjectRef, column: str, around: ray.ObjectRef, draw: int, actor) -> ray.ObjectRef:
+    return actor.propose.remote(to, column, around, draw)

@@ -1,0 +1,191 @@
+"""Prototypes: costs and gains against sums written out, laws of the swaps, and any split of the rows."""
+
+from itertools import pairwise, product
+
+import numpy as np
+import oracle
+import pyarrow.parquet as pq
+import pytest
+from conftest import unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import selective_ray
+from selective_ray import distances, prototypes
+from selective_ray.cli import app
+from selective_ray.prototypes import Costs, Gains, Medoids, Proposals, Represented
+
+
+def blobs(seed, n=120, d=5, blobs=6):
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(blobs, d))
+    return unit(centers[rng.integers(0, blobs, n)] + 0.3 * rng.normal(size=(n, d)))
+
+
+def cost(x, picks):
+    """Mean squared distance of rows to their nearest pick."""
+    return oracle.sq_dists(x, x[picks]).min(axis=1).mean()
+
+
+def improved(x, start, parts=1, fixed=0, passes=20, seed=0):
+    """Run the loop over rows that are spread over `parts` processes."""
+    n = len(x)
+    held = [
+        Represented(x[rows], rows, np.linspace(0, 1, n, dtype=np.float32)[rows], n)
+        for rows in np.array_split(np.arange(n), parts)
+    ]
+
+    def fold(name, merge):
+        def step(*asked):
+            found, *rest = (getattr(rows, name)(*asked) for rows in held)
+            for other in rest:
+                found = merge(found, other)
+            return found
+
+        return step
+
+    return prototypes.improve(
+        Medoids(np.array(start), x[start], fixed),
+        fold("represent", Costs.add),
+        fold("propose", Proposals.merge),
+        fold("gains", Gains.add),
+        n=n,
+        seed=seed,
+        passes=passes,
+    )
+
+
+def test_costs_are_those_written_out():
+    x = blobs(0)
+    picks = np.array([3, 40, 77, 110])
+    found = Represented(x, np.arange(120), np.zeros(120, np.float32), 120).represent(
+        Medoids(picks, x[picks], 0)
+    )
+    scale = prototypes.scale_of(120)
+    assert found.cost / scale / 120 == pytest.approx(cost(x, picks), rel=1e-6)
+    for place in range(4):
+        without = cost(x, np.delete(picks, place))
+        assert found.loss[place] / scale / 120 == pytest.approx(without - cost(x, picks), rel=1e-5)
+        mine = oracle.sq_dists(x, x[picks]).argmin(axis=1) == place
+        assert found.counts[place] == mine.sum()
+        assert np.allclose(found.sums[place] / scale, x[mine].sum(axis=0), atol=1e-6)
+
+
+def test_gains_are_those_of_making_the_swap(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK_PRODUCTS", 1000)
+    x = blobs(1)
+    picks = np.array([3, 40, 77, 110])
+    candidates, place = np.array([5, 6, 20, 90, 100]), np.array([0, 0, 1, 3, 3], np.int32)
+    rows = Represented(x, np.arange(120), np.zeros(120, np.float32), 120)
+    found = rows.gains(Medoids(picks, x[picks], 0), x[candidates], place)
+    scale = prototypes.scale_of(120) * 120
+    for i, (candidate, at) in enumerate(zip(candidates, place, strict=True)):
+        swapped = picks.copy()
+        swapped[at] = candidate
+        assert found.instead[i] / scale == pytest.approx(cost(x, picks) - cost(x, swapped), abs=1e-7)
+        besides = cost(x, picks) - cost(x, np.append(picks, candidate))
+        assert found.besides[i] / scale == pytest.approx(besides, abs=1e-7)
+
+
+def test_a_pick_moves_where_it_is_missed():
+    """Two picks in one blob and none in another: no swap within a blob helps, one across does."""
+    rng = np.random.default_rng(0)
+    x = unit(np.repeat(np.eye(3), 30, axis=0) + 0.05 * rng.normal(size=(90, 3)))
+    state = improved(x, [0, 1, 31])
+    assert sorted(state.medoids.image_ids // 30) == [0, 1, 2]
+    assert state.history[0].made > 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_laws(seed, m, fixed):
+    x = blobs(seed, n=60)
+    start = np.random.default_rng(seed).choice(60, m, replace=False)
+    fixed = min(fixed, m)
+    state = improved(x, start, fixed=fixed, seed=seed % 7)
+    picks = state.medoids.image_ids
+    assert len(set(picks.tolist())) == m
+    assert picks[:fixed].tolist() == start[:fixed].tolist()
+    assert np.array_equal(state.medoids.x, x[picks])
+    costs = [cost(x, start), *(done.cost for done in state.history)]
+    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(costs))
+    assert cost(x, picks) == pytest.approx(costs[-1], rel=1e-5)
+    for parts in (2, 7):
+        assert improved(x, start, parts, fixed, seed=seed % 7).medoids.image_ids.tolist() == picks.tolist()
+
+
+def test_reaches_the_best_of_all_on_few_rows():
+    """Over 20 seeds, mostly the best of all picks; never 10 % above."""
+    ratios = []
+    for seed in range(20):
+        x = blobs(seed, n=14, d=3, blobs=3)
+        best = min(cost(x, np.array(picks)) for picks in product(range(14), repeat=3) if len(set(picks)) == 3)
+        ratios.append(cost(x, improved(x, [0, 1, 2]).medoids.image_ids) / best)
+    assert max(ratios) < 1.25
+    assert np.median(ratios) < 1.001
+
+
+def test_in_memory():
+    x = blobs(4, n=300)
+    found = {
+        method: selective_ray.select(x, 8, settings={"selection.method": method, "density.k": 5})
+        for method in ("usl", "k-medoid", "prototypes")
+    }
+    costs = {method: cost(x, selected.rows) for method, selected in found.items()}
+    assert costs["prototypes"] <= costs["k-medoid"] < costs["usl"]
+    assert found["prototypes"].utilities.sum() == pytest.approx(1.0)
+
+
+def ask(*words, status=0):
+    result = CliRunner().invoke(app, [*map(str, words), "--set", "density.k=5"])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def read(run, table):
+    return pq.read_table(next((run / table).glob("*.parquet")))
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    file = tmp_path_factory.mktemp("vectors") / "x.npy"
+    np.save(file, blobs(9, n=400, d=8, blobs=15))
+    return file
+
+
+@pytest.mark.parametrize(("shard_rows", "workers"), [(400, 1), (150, 2), (57, 7)])
+def test_the_command_picks_the_same_for_any_shards_and_workers(
+    shard_rows, workers, vectors, two_cpus, tmp_path
+):
+    run = tmp_path / "run"
+    resources = f"resources.shard_rows={shard_rows}", f"resources.workers={workers}"
+    words = [word for resource in resources for word in ("--set", resource)]
+    ask("select", "--embeddings", vectors, "--run", run, "--budget", 12, "--method", "prototypes", *words)
+    picks = read(run, "selection")
+    settings = {"selection.method": "prototypes", "density.k": 5}
+    expected = selective_ray.select(np.load(vectors), 12, settings=settings)
+    assert picks["image_id"].to_pylist() == expected.rows.tolist()
+    assert picks["utility"].to_pylist() == expected.utilities.tolist()
+    assert "swapped" in (run / "report" / "index.html").read_text()
+
+
+def test_budgets_that_contain_each_other_and_labeled_images(vectors, two_cpus, tmp_path):
+    file, run = tmp_path / "labeled.csv", tmp_path / "run"
+    file.write_text("image_id\n3\n200\n")
+    words = ("--embeddings", vectors, "--run", run, "--method", "prototypes", "--labeled", file)
+    ask("select", *words, "--budgets", "6,12")
+    small, large = (read(run, name)["image_id"].to_pylist() for name in ("selection-6", "selection"))
+    assert set(small) < set(large)
+    assert len(set(large)) == 12
+    assert not {3, 200} & set(large)
+    assert "nothing to do" in ask("select", *words, "--budgets", "6,12")
+
+
+def test_what_is_not_possible(vectors, tmp_path):
+    words = ("--embeddings", vectors, "--run", tmp_path / "run", "--budget", 5)
+    said = ask("select", *words, "--method", "prototypes", "--keep-utilities", status=2)
+    assert "keep_utilities is of the method usl" in said
+    assert "selection.method = 'prototype' is not possible" in ask(
+        "select", *words, "--method", "prototype", status=2
+    )
