@@ -254,6 +254,7 @@ for _name, _command in (
 app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )(cli_cluster.submit)
+app.command()(cli_cluster.check)
 
 
 @app.command()

@@ -1,13 +1,16 @@
-"""The commands for a cluster: run something on one."""
+"""The commands for a cluster: run something on one, and look whether it is fit."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from selective_ray.cli_options import Debug, sentences
+from selective_ray.cli_options import Address, Debug, EndpointUrl, Json, sentences
 from selective_ray.errors import UsageError
+from selective_ray.objects import Access
 from selective_ray.progress import Reporter
 
 # What runs on a cluster; the other commands only look into a run.
@@ -47,3 +50,35 @@ def submit(
             raise typer.Exit(130) from None
         if status:
             raise typer.Exit(status)
+
+
+def check(
+    address: Address = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Folder or prefix where runs are to be written.")
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell whether a cluster is fit: versions, limits, clocks, results, collectives, and the bucket."""
+    with sentences(debug, as_json):
+        from selective_ray.actors import fitness
+        from selective_ray.actors.session import Session
+
+        reporter = Reporter(quiet=as_json)
+        lines = []
+        with Session(address) as session:
+            session.start()
+            for line in fitness.check(run, Access(endpoint_url), reporter.say):
+                lines.append(line)
+                if not as_json:
+                    mark = {True: "ok", False: "NOT FIT", None: "-"}[line.fit]
+                    print(f"{mark:<8} {line.what:<28} {line.seen}", flush=True)  # noqa: T201
+        wrong = [line.what for line in lines if line.fit is False]
+        if as_json:
+            print(json.dumps({"fit": not wrong, "checked": [asdict(line) for line in lines]}))  # noqa: T201
+        else:
+            print(f"not fit: {', '.join(wrong)}" if wrong else "fit for a run")  # noqa: T201
+        if wrong:
+            raise typer.Exit(1)

@@ -20,7 +20,7 @@ from conftest import unit
 from moto.server import ThreadedMotoServer
 from test_cli import ask, line_of
 
-from selective_ray.actors import interruption, submission
+from selective_ray.actors import fitness, interruption, submission
 from selective_ray.errors import UserError
 from selective_ray.store import Run
 
@@ -220,7 +220,8 @@ def cluster(tmp_path_factory):
             processes.append(process)
             time.sleep(8)
             assert process.poll() is None
-        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{api}"}
+        api_address = f"http://127.0.0.1:{api}"
+        yield {**environment, "RAY_API_SERVER_ADDRESS": api_address, "ADDRESS": f"127.0.0.1:{port}"}
     finally:
         for process in reversed(processes):
             os.killpg(process.pid, signal.SIGTERM)
@@ -266,3 +267,73 @@ def test_without_the_token_no_one_gets_in(cluster, tmp_path):
     del stranger["RAY_AUTH_TOKEN_PATH"]
     said = submitted(stranger, "select", "--embeddings", "s3://b/x.npy", "--run", "s3://b/r", status=1)
     assert "Traceback" not in said
+
+
+def test_a_cluster_is_looked_at(cluster, tmp_path):
+    words = ["check", "--address", cluster["ADDRESS"], "--run", str(tmp_path), "--json"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "selective_ray", *words],
+        env=cluster,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    found = {line["what"]: line for line in json.loads(answer.stdout)["checked"]}
+    for what in (
+        "versions",
+        "machines",
+        "clocks",
+        "token",
+        "results",
+        f"read, write, conditional put at {tmp_path}",
+    ):
+        assert found[what]["fit"] is True, found[what]
+    assert "on all 2 machines" in found["versions"]["seen"]
+    # The head runs no work.
+    assert "on 1 machines" in found["results"]["seen"]
+    assert found["GPU results"]["fit"] is None
+    wrong = [line for line in found.values() if line["fit"] is False]
+    assert answer.returncode == (1 if wrong else 0)
+    assert {line["what"] for line in wrong} <= {"open files", "/dev/shm"}, wrong
+    assert not list(tmp_path.glob(".check*"))
+
+
+def test_what_is_not_fit_is_named_with_its_machine():
+    names = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
+    here = {"python": fitness.platform.python_version(), **{n: fitness._version(n) for n in fitness.PACKAGES}}
+    good = {"versions": here, "open_files": 2**20, "shm": 2**40, "time": time.time(), "token": True}
+    looks = {
+        "a": good,
+        "b": good | {"versions": here | {"ray": "2.1"}, "open_files": 1024, "time": good["time"] - 60},
+        "c": good | {"shm": 1, "token": False},
+    }
+    line = fitness._versions(looks, names)
+    assert not line.fit and line.seen == f"10.0.0.2: ray 2.1 ({here['ray']} here)"
+    line = fitness._limits("open files", looks, names, "open_files", 65_535, "raise it")
+    assert not line.fit and line.seen.startswith("10.0.0.2: 1,024; 65,535 are needed")
+    nodes = [{"NodeID": node, "Resources": {"object_store_memory": 1e9}} for node in looks]
+    line = fitness._shared_memory(looks, nodes, names)
+    assert not line.fit and line.seen.startswith("10.0.0.3: 0.0 GB for an object store of 1.0 GB")
+    line = fitness._clocks(looks, names)
+    assert not line.fit and line.seen == "10.0.0.2: -60.0 s"
+    line = fitness._token(looks, names)
+    assert not line.fit and line.seen == "10.0.0.3: RAY_AUTH_MODE is not token"
+    line = fitness._results({"a": "123", "b": "124"}, names)
+    assert not line.fit and "10.0.0.2: 124" in line.seen
+    assert fitness._results({"a": "123", "b": "123"}, names).fit
+    assert not fitness._results({"a": "failed: x"}, names).fit
+    silent = looks | {"c": None}
+    line = fitness._silent(silent, names)
+    assert not line.fit and line.seen.startswith("10.0.0.3: no answer")
+
+
+def test_a_bucket_without_conditional_puts_is_told(tmp_path, monkeypatch):
+    look = fitness._bucket._function
+    assert look(str(tmp_path), fitness.Access()) == "ok"
+    monkeypatch.setattr(fitness.objects, "is_local", lambda uri: False)
+    for content, said in ((b"first", "ok"), (b"second", "a conditional put overwrites")):
+        monkeypatch.setattr(fitness.objects, "write", lambda *_, **__: None)
+        monkeypatch.setattr(fitness.objects, "delete", lambda *_: None)
+        monkeypatch.setattr(fitness.objects, "read", lambda *_, content=content: content)
+        assert look("s3://b/r", fitness.Access()).startswith(said)
