@@ -224,7 +224,7 @@ def _bucket(prefix: str, access: Access) -> str:
     )
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+@ray.remote(num_cpus=0)
 class _Member:
     """One of two processes that add up a number by torch's collectives, as training does."""
 
