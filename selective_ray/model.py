@@ -154,8 +154,14 @@ def load(training: Training, model: Model, device: str) -> inference.Inference:
     if hashlib.sha256(data).hexdigest() != model.sha256[WEIGHTS]:
         raise UserError(f"{path} is not what was written; remove it and {DESCRIPTION}, and run again")
     weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    network = _network(model.network, len(model.classes), weights, path)
+    for layer in network.children():
+        if isinstance(layer, torch.nn.Linear):
+            # Products of few classes round by the place of a row in its batch, float64 by less than is kept.
+            layer.double()
+            layer.register_forward_pre_hook(lambda _, given: (given[0].double(),))
     return Inference(
-        _network(model.network, len(model.classes), weights, path),
+        network,
         mean=tuple(model.mean),
         std=tuple(model.std),
         device=device,
