@@ -2,13 +2,15 @@
 
     python benchmarks/selection.py rounds mixture 1000000 --clusters 1000
     python benchmarks/selection.py rounds embeddings.npy --clusters 1000
+    python benchmarks/selection.py growth mixture 10000000 --half --clusters 2000
     python benchmarks/selection.py spread embeddings.npy --clusters 40
     python benchmarks/selection.py scale cifar10.npy --clusters 40
 
 rounds: ten rounds on Ray with two actors, pruned and not; K-Means is stopped after three iterations, and one
 with all products is timed on the same actors. spread: mean distance of a pick to the nearest other pick over
 20 seeds, at a preset's weight and at weight 0. scale: the share of picks that the regularizer changes on
-subsets of 5,000, 15,000 and all rows, in the published unit and scaled.
+subsets of 5,000, 15,000 and all rows, in the published unit and scaled. growth: seconds of the rounds and
+peak memory where rows are many; densities are then of one probe, and K-Means stops after one iteration.
 """
 
 from __future__ import annotations
@@ -104,6 +106,25 @@ def rounds(file: Path, clusters: int, only: list[str]) -> None:
                 )
 
 
+def growth(file: Path, clusters: int, half: bool) -> None:
+    """Select in a process of its own, so that its peak memory is that of the stage's driver."""
+    alone = importlib.import_module("density").alone
+    options = {"cluster.iterations": 1, "density.lists": 8192, "density.probes": 1, "density.recall": 0.01}
+    options |= {"embed.dtype": "float16"} if half else {}
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        for upto in ("density", "clusters", "selection"):
+            run = alone(select, Path(folder) / "run", file, clusters, upto, {}, **options)
+            manifest = run.manifest(upto)
+            peaks = {name: round(value / 2**20) for name, value in manifest.peak_memory_bytes.items()}
+            print(upto, f"{manifest.seconds:.1f} s, peak memory in MiB {peaks}", flush=True)
+        noted = run.manifest("selection").summary
+        share, taken = noted["distances_computed"], noted["seconds_of_rounds"]
+        print(
+            f"{manifest.rows:,} picks of {run.manifest('embeddings').rows:,} rows: {len(share)} rounds in "
+            f"{taken:.2f} s; distances computed {100 * np.mean(share):.2f} %"
+        )
+
+
 def apart(x: np.ndarray) -> float:
     """Mean distance of a row to the nearest other."""
     products = x.astype(np.float64) @ x.T.astype(np.float64)
@@ -188,12 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("rounds", "spread", "scale"))
+    parser.add_argument("what", choices=("rounds", "growth", "spread", "scale"))
     parser.add_argument("rows", help="mixture, overlapping, or a .npy file of unit rows")
     parser.add_argument("n", type=int, nargs="?", default=1_000_000)
     parser.add_argument("--clusters", type=int, default=1000)
     parser.add_argument("--variants", nargs="+", default=["defaults"], choices=list(VARIANTS))
     parser.add_argument("--preset", default="usl-cifar10")
+    parser.add_argument("--half", action="store_true", help="embeddings as float16")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(options.rows)
@@ -202,6 +224,8 @@ def main() -> None:
             np.save(file, rows_of(options.rows, options.n))
         if options.what == "rounds":
             rounds(file, options.clusters, options.variants)
+        elif options.what == "growth":
+            growth(file, options.clusters, options.half)
         elif options.what == "spread":
             spread(np.load(file), options.clusters, options.preset)
         else:
