@@ -30,10 +30,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from selective_ray import augment, batches, classifiers, config, fixmatch, held_out, labeling
+from selective_ray import augment, batches, classifiers, config, fixmatch, held_out, labeling, optimization
 from selective_ray.actors import demo, pipeline
+from selective_ray.actors.fixmatch import train
 from selective_ray.actors.session import Session
-from selective_ray.actors.training import train
 from selective_ray.pixels import Pixels
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
@@ -83,7 +83,7 @@ def plain(pixels: np.ndarray, labels: np.ndarray, labeled: np.ndarray, steps: in
     network = classifiers.build("wrn-28-2", 10)
     average = copy.deepcopy(network).eval()
     recipe = fixmatch.Recipe(average_statistics=False)
-    optimizer = fixmatch.optimizer(network, recipe)
+    optimizer = optimization.optimizer(network, recipe)
     mean, std = (torch.tensor(values)[:, None, None] for values in (fixmatch.MEAN, fixmatch.STD))
     few = Decoded(pixels[labeled].repeat(20, 0), labels[labeled].repeat(20))
     loaders = [
@@ -111,7 +111,7 @@ def plain(pixels: np.ndarray, labels: np.ndarray, labeled: np.ndarray, steps: in
         mask = (confidence >= 0.95).float()
         loss = F.cross_entropy(known, y) + (F.cross_entropy(hard, targets, reduction="none") * mask).mean()
         for group in optimizer.param_groups:
-            group["lr"] = fixmatch.learning_rate(recipe, step)
+            group["lr"] = optimization.learning_rate(recipe, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

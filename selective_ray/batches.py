@@ -13,6 +13,8 @@ import numpy as np
 _ROUNDS = 6
 # What draws from the same seed for different purposes.
 LABELED, UNLABELED, WEAK, STRONG = range(4)
+# The views of contrastive learning, from this number on; and who stands in for an image, at each attempt.
+VIEWS, INSTEAD = 100, 1000
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -92,3 +94,9 @@ class Plan:
         where = t * self.unlabeled + np.arange(self.unlabeled)
         n = self.images - len(self.rejected)
         return np.concatenate([known, nth_left(stream(where, n, self.seed, UNLABELED), self.rejected)])
+
+    def instead(self, t: int, slots: np.ndarray, attempt: int) -> np.ndarray:
+        """Return the image ids that stand in for those of some slots of step t, unlabeled, int64 [b]."""
+        n = self.images - len(self.rejected)
+        found = stream(t * self.slots + slots, n, self.seed, INSTEAD + attempt)
+        return nth_left(found, self.rejected)

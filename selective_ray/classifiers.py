@@ -1,7 +1,8 @@
 """Networks that are trained to classify: name -> module that maps [b, 3, h, w] to logits [b, classes].
 
 `wrn-28-2` and any other wide residual network (Zagoruyko and Komodakis, 2016) in the form in which FixMatch
-was published; `cifar-resnet18`, the form of ResNet-18 that keeps small images large; ResNets of torchvision.
+was published; `cifar-resnet18`, the form of ResNet-18 that keeps small images large; ResNets of torchvision;
+`small-resnet`, for machines without a GPU. Without its last layer each is a trunk that gives features.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
 # What self-supervised checkpoints put before the names of their trunk, and what follows it there.
 _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "trunk.")
-_HEADS = ("fc.", "linear.", "head.", "contrastive_head.", "projector.", "predictor.")
+_HEADS = ("fc.", "linear.", "head.", "contrastive_head.", "groupDis.", "projector.", "predictor.")
 
 
 def check_name(name: str) -> None:
@@ -28,10 +29,10 @@ def check_name(name: str) -> None:
     wide = _WIDE.fullmatch(name)
     if wide and (int(wide[1]) - 4) % 6 == 0 and int(wide[1]) >= 10 and int(wide[2]) >= 1:
         return
-    if name not in (*TORCHVISION, "cifar-resnet18"):
+    if name not in (*TORCHVISION, "cifar-resnet18", "small-resnet"):
         raise UsageError(
-            f"train.network = {name!r} is not known; there are wrn-28-2 and other wrn-DEPTH-WIDTH of depth "
-            f"6 n + 4, cifar-resnet18, {', '.join(TORCHVISION)}"
+            f"network {name!r} is not known; there are wrn-28-2 and other wrn-DEPTH-WIDTH of depth "
+            f"6 n + 4, cifar-resnet18, small-resnet, {', '.join(TORCHVISION)}"
         )
 
 
@@ -42,9 +43,28 @@ def build(name: str, classes: int) -> nn.Module:
         return WideResNet(int(wide[1]), int(wide[2]), classes)
     if name == "cifar-resnet18":
         return networks.CifarResNet18(nn.Linear(512, classes))
+    if name == "small-resnet":
+        return networks.SmallResNet(nn.Linear(networks.SmallResNet.WIDTH, classes))
     from torchvision import models
 
     return models.get_model(name, weights=None, num_classes=classes)
+
+
+def trunk(name: str, image_size: int) -> tuple[nn.Module, int]:
+    """Build a network without its last layer, of random weights, and return the width of its features.
+
+    Besides those of `build`, vit-small: timm's, which is to be there.
+    """
+    if name == "vit-small":
+        import timm
+
+        network = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=image_size)
+        return network, network.num_features
+    network = build(name, 1)
+    last = _head(network).removesuffix(".")
+    width = network.get_submodule(last).in_features
+    network.set_submodule(last, nn.Identity())
+    return network, width
 
 
 def begin_from(network: nn.Module, name: str, checkpoint: str, access: Access = DIRECT) -> None:

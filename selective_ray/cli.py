@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selective_ray import __version__, cli_cluster, cli_labels, config
+from selective_ray import __version__, cli_cluster, cli_labels, cli_pretrain, config
 from selective_ray.cli_options import (
     Address,
     Budget,
@@ -242,6 +242,7 @@ def status(
         answer({**found, **({"at_work": alive} if alive else {})}, run_status.lines(found, alive), as_json)
 
 
+app.command()(cli_pretrain.pretrain)
 for _name, _command in (
     ("export", cli_labels.export),
     ("labels", cli_labels.labels),
@@ -264,11 +265,20 @@ def demo(
     ] = "demo",
     seeds: Annotated[int, typer.Option(help="Seeds of the selection.", min=5)] = 5,
     draws: Annotated[int, typer.Option(help="Random draws to compare with.", min=10)] = 20,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="The long story: learn an encoder, select by it, train on the labels."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Select 40 of 1,797 handwritten digits and compare with random draws."""
     with sentences(debug, as_json):
+        if train:
+            from selective_ray.actors import demo_training
+
+            demo_training.tell(Path(folder), as_json=as_json)
+            return
         from selective_ray.actors import demo as story
 
         story.tell(Path(folder), seeds=seeds, draws=draws, as_json=as_json)

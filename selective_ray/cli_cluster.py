@@ -14,7 +14,7 @@ from selective_ray.objects import Access
 from selective_ray.progress import Reporter
 
 # What runs on a cluster; the other commands only look into a run.
-SUBMITTED = ("select", "embed", "density", "cluster", "train", "predict")
+SUBMITTED = ("select", "embed", "density", "cluster", "pretrain", "train", "predict")
 
 
 def submit(

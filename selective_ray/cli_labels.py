@@ -153,13 +153,13 @@ def train(
         )
         from selective_ray import held_out
         from selective_ray import truth as true_labels
-        from selective_ray.actors import training
+        from selective_ray.actors import fixmatch
 
         reporter = Reporter(quiet=as_json)
         where = existing(run, settings.resources.endpoint_url)
         images = held_out.read(validation, where.access) if validation else held_out.NONE
         known = true_labels.read([where], truth) if truth else None
-        done, summary = training.train(
+        done, summary = fixmatch.train(
             *(where, settings, name, reporter),
             until=until,
             held_out=images,

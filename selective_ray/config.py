@@ -108,7 +108,8 @@ class Selection(Section):
 
     # "k-medoid": the image nearest to the centroid of each cluster. "prototypes": these, improved by swaps
     # that lower the squared distance of all images to their nearest pick.
-    method: Literal["usl", "k-medoid", "prototypes"] = "usl"
+    # "usl-t": one of each cluster that is trained in place of computed.
+    method: Literal["usl", "k-medoid", "prototypes", "usl-t"] = "usl"
     # Passes of swaps at most.
     passes: int = Field(8, ge=1)
 
@@ -164,6 +165,9 @@ class Train(Section):
     # Labeled images of a step, and how many times as many unlabeled ones; 0: supervised training.
     batch: int = Field(64, ge=1)
     unlabeled_ratio: int = Field(7, ge=0)
+    # So many of the densest images of a labeled image's cluster are taught its label (USL-T on ImageNet: 20);
+    # what is compared with it should be, too. 0: none.
+    propagate: int = Field(0, ge=0)
     # What an answer must reach to be a pseudo-label; above 1 none does.
     threshold: float = Field(0.95, ge=0)
     unlabeled_weight: float = Field(1.0, ge=0)
@@ -191,7 +195,117 @@ class Train(Section):
     def recipe(self) -> dict[str, Any]:
         """Return what the maths takes of it (`fixmatch.Recipe`)."""
         of_the_batch = {"network", "checkpoint", "image_size", "batch", "unlabeled_ratio", "precision"}
+        of_the_batch |= {"propagate"}
         return self.model_dump(exclude=of_the_batch | {"evaluate_every", "checkpoint_every"})
+
+
+class Pretrain(Section):
+    """How an encoder is learned from images without labels."""
+
+    # "simclr": SimCLR as SCAN trains it; "moco": MoCo v2; "cld": MoCo with cross-level discrimination.
+    method: Literal["simclr", "moco", "cld"] = "simclr"
+    # cifar-resnet18, small-resnet (for CPUs), wrn-DEPTH-WIDTH, a ResNet of torchvision, or vit-small (timm).
+    network: str = "resnet18"
+    # Images are cut to the square in their center, and resized to this.
+    image_size: int = Field(96, ge=8, le=1024)
+    steps: int = Field(20_000, ge=1)
+    batch: int = Field(256, ge=2)
+    # None: that of the method, as published: 0.1 (simclr), 0.2 (moco), 0.07 (cld).
+    temperature: float | None = Field(None, gt=0)
+    # None: as published for the method, in proportion to the batch: 0.4 for 512 images (simclr), 0.03 for
+    # 256 (moco) and 128 (cld). Down to 0 by half a cosine.
+    lr: float | None = Field(None, gt=0)
+    warmup: int = Field(0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    # Not of biases and norms.
+    weight_decay: float = Field(1e-4, ge=0)
+    # Of moco and cld: what the network of the keys keeps of itself in a step, and how many keys are kept.
+    keep: float = Field(0.99, ge=0, lt=1)
+    queue: int = Field(4096, ge=1)
+    # Of cld: groups of a step's images, and what telling them counts. 60 and a fourth are between those
+    # published for CIFAR and ImageNet.
+    groups: int = Field(60, ge=2)
+    group_temperature: float = Field(0.2, gt=0)
+    group_weight: float = Field(0.25, ge=0)
+    # Of views (`views.Views`): least area of the box, chance that colors change, of gray, and of blur.
+    smallest: float = Field(0.2, gt=0, le=1)
+    colors: float = Field(0.8, ge=0, le=1)
+    gray: float = Field(0.2, ge=0, le=1)
+    blur: float = Field(0.0, ge=0, le=1)
+    # "auto": bfloat16 on GPUs that have it.
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    # Steps from one evaluation, and from one checkpoint, to the next.
+    evaluate_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what the maths takes of it (`contrastive.Recipe`); what is None is the method's own."""
+        temperature, lr, images = {
+            "simclr": (0.1, 0.4, 512),
+            "moco": (0.2, 0.03, 256),
+            "cld": (0.07, 0.03, 128),
+        }[self.method]
+        keys = ("method", "steps", "warmup", "momentum", "weight_decay", "keep", "queue", "groups")
+        return {key: getattr(self, key) for key in (*keys, "group_temperature", "group_weight")} | {
+            "temperature": self.temperature or temperature,
+            "lr": self.lr or lr * self.batch / images,
+        }
+
+    def views(self) -> dict[str, float]:
+        """Return what views take of it (`views.Views`)."""
+        return {key: getattr(self, key) for key in ("smallest", "colors", "gray", "blur")}
+
+
+class UslT(Section):
+    """How the clusters of `selection.method = "usl-t"` are trained."""
+
+    # "frozen": heads on the features of the encoder; "trained": the encoder learns, too.
+    network: Literal["frozen", "trained"] = "frozen"
+    # "cosine": of fixed scale, begun from images; "linear".
+    heads: Literal["cosine", "linear"] = "cosine"
+    count: int = Field(3, ge=1)
+    scale: float = Field(40.0, gt=0)
+    # Clusters; None: as many as the budget and the labeled images.
+    clusters: int | None = Field(None, ge=2)
+    steps: int = Field(2_000, ge=1)
+    batch: int = Field(512, ge=2)
+    # Adam's.
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    # A cluster of a probability above this is taught to the strong view.
+    threshold: float = Field(0.0, ge=0, lt=1)
+    # What the loss of neighbors counts, and how their clusters become a target: less so many logarithms of
+    # what is common, and sharpened by this temperature.
+    local_weight: float = Field(0.5, ge=0)
+    adjustment: float = Field(2.5, ge=0)
+    temperature: float = Field(0.5, gt=0)
+    reweight: Literal["none", "count", "renorm"] = "renorm"
+    # Means are over all images of a step, also those that are not confident.
+    mean_of_all: bool = True
+    # Nearest neighbors that one is drawn from, besides the image itself.
+    neighbors: int = Field(20, ge=1)
+    # From this step on the largest cluster is split where the smallest has under `repair_below` images of n,
+    # and itself over `repair_above`; None: never.
+    repair_after: int | None = Field(None, ge=0)
+    repair_below: int = Field(50, ge=0)
+    repair_above: int = Field(500, ge=0)
+    # "moco": boxes, colors and blur; "randaugment": as FixMatch's strong view.
+    strong: Literal["moco", "randaugment"] = "moco"
+    # Which image of a cluster is picked.
+    pick: Literal["confidence", "density"] = "density"
+    # Confidence is the mean over heads, or the first one's.
+    confidence_of_all: bool = True
+    # Steps from one checkpoint to the next.
+    checkpoint_every: int = Field(250, ge=1)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what the maths takes of it (`usl_t.Recipe`)."""
+        keys = ("threshold", "local_weight", "adjustment", "temperature", "reweight", "mean_of_all")
+        return {key: getattr(self, key) for key in (*keys, "repair_after", "repair_below", "repair_above")}
+
+    def trained_by(self) -> dict[str, Any]:
+        """Return what the trained heads depend on."""
+        return self.model_dump(exclude={"pick", "confidence_of_all", "checkpoint_every"})
 
 
 class Resources(Section):
@@ -234,6 +348,8 @@ class Config(Section):
     cluster: Cluster = Cluster()
     selection: Selection = Selection()
     train: Train = Train()
+    pretrain: Pretrain = Pretrain()
+    usl_t: UslT = UslT()
     seed: int = Field(0, ge=0, lt=2**32)
     resources: Resources = Resources()
 
@@ -362,6 +478,18 @@ def _validate(flat: dict[str, Any]) -> Config:
     if config.selection.keep_utilities and config.selection.method != "usl":
         raise UsageError(
             "selection.keep_utilities is of the method usl; other methods give only picks a utility"
+        )
+    if config.selection.method == "usl-t":
+        if budgets:
+            raise UsageError(
+                "clusters of usl-t are trained for one budget; give --budget in place of --budgets"
+            )
+        density = config.density.model_copy(update={"keep_neighbors": True})
+        config = config.model_copy(update={"density": density})
+    if config.pretrain.queue < config.pretrain.batch:
+        raise UsageError(
+            f"pretrain.queue = {config.pretrain.queue:,} must hold the keys of a step, pretrain.batch = "
+            f"{config.pretrain.batch:,}; raise the one or lower the other"
         )
     if config.density.k == 1 and config.density.include_self:
         raise UsageError(

@@ -7,6 +7,7 @@ A name is one of
     timm/NAME                      every network of timm
     open_clip/MODEL/TAG            every image tower of open_clip
     package.module:factory         a person's own
+    s3://bucket/run, folder/run    what `selective-ray pretrain` learned there
     pca                            principal components of the pixels
 """
 
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from selective_ray import checkpoints
+from selective_ray import checkpoints, learned
 from selective_ray.errors import UsageError, UserError, first_line
 from selective_ray.objects import DIRECT, Access
 
 if TYPE_CHECKING:
     # torch takes seconds to import, and most commands never encode: what needs it is imported where a network
     # is loaded.
+    from torch import nn
+
     from selective_ray import inference
 
 # The network that feature baselines are most often reported with, small enough for a laptop. Where its
@@ -184,6 +187,8 @@ def check_name(name: str) -> None:
 
     Whether timm, open_clip or a person's module has what is named is found by `transform`.
     """
+    if learned.is_name(name):
+        return
     forms = {"timm": 2, "open_clip": 3}
     library, *rest = name.split("/")
     if library in forms and (len(rest) + 1 != forms[library] or not all(rest)):
@@ -196,8 +201,8 @@ def check_name(name: str) -> None:
         raise UsageError(f"there is no encoder {name!r}; the nearest known name is {nearest!r}")
 
 
-def transform(name: str, image_size: int | None) -> Transform:
-    """Return how an encoder wants its images; raises UserError where its library or module is not there.
+def transform(name: str, image_size: int | None, access: Access = DIRECT) -> Transform:
+    """Return how an encoder wants its images; raises UserError where its library, module or run is not there.
 
     A size that is asked for keeps the crop.
     """
@@ -206,6 +211,9 @@ def transform(name: str, image_size: int | None) -> Transform:
         if image_size is not None and image_size > PCA_MAX_SIZE:
             raise UsageError(f"encoder pca compares small images: lower image_size to {PCA_MAX_SIZE} or less")
         return Transform(image_size or PCA_SIZE, 1.0)
+    if learned.is_name(name):
+        made, *_ = learned.find(name, access)
+        return Transform(image_size or made.image_size, 1.0, mean=tuple(made.mean), std=tuple(made.std))
     _check_library(name)
     usual = _usual_transform(name)
     return replace(usual, size=image_size or usual.size)
@@ -257,6 +265,10 @@ def weights_id(name: str, checkpoint: str | None = None, access: Access = DIRECT
     check_name(name)
     if name == PCA:
         return "fitted"
+    if learned.is_name(name):
+        if checkpoint is not None:
+            raise UsageError(f"the weights of encoder {name} are in its run: leave out --checkpoint")
+        return f"sha256:{learned.find(name, access)[0].sha256}"
     given = checkpoints.sha256(checkpoint, access) if checkpoint is not None else None
     if is_factory(name):
         from selective_ray import networks
@@ -319,24 +331,13 @@ def load(
             raise ValueError("encoder pca needs what fit_pca returned")
         encode = _pca_encode(pca)
         return Encoder(PCA, pca["components"].shape[1], encode, lambda batches: map(encode, batches))
-    wanted = transform(name, image_size)
+    wanted = transform(name, image_size, access)
     if checkpoint is None:
-        weights_id(name)
-    from selective_ray import inference, networks
+        weights_id(name, access=access)
+    from selective_ray import inference
 
-    network = networks.build(name, image_size, published=checkpoint is None)
-    if checkpoint is not None:
-        checkpoints.fit(
-            network.module,
-            checkpoints.located(checkpoints.read(checkpoint, access), network.prefixes),
-            unused=network.unused,
-            adapt=network.adapt,
-            source=checkpoint,
-            encoder=name,
-        )
-    run = inference.Inference(
-        network.module, mean=wanted.mean, std=wanted.std, device=device, precision=precision
-    )
+    module = network(name, checkpoint, image_size, access)
+    run = inference.Inference(module, mean=wanted.mean, std=wanted.std, device=device, precision=precision)
     dimension = _dimension(run, name, image_size, batch if device != "cpu" else 1)
     if compile:
         run.compile()
@@ -347,6 +348,27 @@ def load(
                 f"encoder {name} cannot be compiled here ({first_line(error)}); set embed.compile to false"
             ) from error
     return Encoder(name, dimension, run.encode, run.stream)
+
+
+def network(name: str, checkpoint: str | None, image_size: int, access: Access = DIRECT) -> "nn.Module":
+    """Build the network of an encoder with its weights; raises UserError as `load` does, and for pca."""
+    from selective_ray import networks
+
+    if name == PCA:
+        raise UserError("encoder pca is no network, and cannot be trained; name another --encoder")
+    if learned.is_name(name):
+        return learned.load(name, image_size, access)
+    made = networks.build(name, image_size, published=checkpoint is None)
+    if checkpoint is not None:
+        checkpoints.fit(
+            made.module,
+            checkpoints.located(checkpoints.read(checkpoint, access), made.prefixes),
+            unused=made.unused,
+            adapt=made.adapt,
+            source=checkpoint,
+            encoder=name,
+        )
+    return made.module
 
 
 def _dimension(run: "inference.Inference", name: str, image_size: int, batch: int) -> int:

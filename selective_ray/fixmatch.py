@@ -10,7 +10,6 @@ Everything here is of one process; where torch.distributed runs, it is one of se
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from selective_ray import augment
 from selective_ray.inference import autocast_dtype
+from selective_ray.optimization import add_gradients, follow, learning_rate, optimizer
 
 # Per channel, of pixels in [0, 1]: those of ImageNet, for any images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,46 +89,6 @@ def losses(
     unsupervised = (each * confident).sum() / u
     loss = supervised + unlabeled_weight * unsupervised
     return Losses(loss, supervised.detach(), unsupervised.detach(), pseudo_labels, confident)
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the rate of a step: warmed up in a line, then by the schedule.
-
-    "cosine": lr · cos(7 π t / 16 T), as published; "steps": a tenth after 0.6 T, and again after 0.8 T, as
-    EMAN's; "constant".
-    """
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    match recipe.schedule:
-        case "cosine":
-            return recipe.lr * math.cos(7 * math.pi / 16 * share)
-        case "steps":
-            return recipe.lr * 0.1 ** sum(step >= part * recipe.steps for part in (0.6, 0.8))
-        case _:
-            return recipe.lr
-
-
-def optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Return SGD with Nesterov's momentum, whose weight decay spares biases and norms."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    spared = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": spared}]
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-
-
-@torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, keep: float, *, statistics: bool) -> None:
-    """Move the average: average ← keep · average + (1 - keep) · network.
-
-    statistics: batch statistics are averaged as well (EMAN); else they are copied.
-    """
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
-    for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
-        if statistics and mine.is_floating_point():
-            mine.lerp_(theirs, 1 - keep)
-        else:
-            mine.copy_(theirs)
 
 
 class Learner:
@@ -205,7 +165,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         found.loss.backward()
         if self.workers > 1:
-            self._add_gradients()
+            add_gradients(self.network)
         self.optimizer.step()
         follow(self.average, self.network, recipe.average, statistics=recipe.average_statistics)
         classes = logits.shape[1]
@@ -217,14 +177,6 @@ class Learner:
             # Of each unlabeled image, -1 where it is not confident.
             "taught": torch.where(found.confident, found.pseudo_labels, -1),
         }
-
-    def _add_gradients(self) -> None:
-        """Add up the gradients of all workers in one message."""
-        given = [p.grad for p in self.network.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in given])
-        distributed.all_reduce(flat)
-        for gradient, summed in zip(given, flat.split([g.numel() for g in given]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
 
     def _on_device(self, pixels: np.ndarray) -> torch.Tensor:
         # torch.tensor copies: an array out of an object store is read-only, which from_numpy warns about.

@@ -59,6 +59,8 @@ class Pixels:
         *,
         size: int,
         limit: float,
+        crop: float = 1.0,
+        interpolation: str = "bilinear",
         access: Access = DIRECT,
         column: str | None = None,
         read: Read = objects.read,
@@ -66,17 +68,26 @@ class Pixels:
         self.folder, self.rows, self.shard_of, self.size = folder, rows, shard_of, size
         self.ends = np.cumsum(rows, dtype=np.int64)
         self.kept = int(np.searchsorted(self.ends * size * size * 3, limit, side="right"))
-        self.how = {"size": size, "crop": 1.0, "access": access, "column": column, "read": read}
+        self.how = {"size": size, "crop": crop, "interpolation": interpolation}
+        self.how |= {"access": access, "column": column, "read": read}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @staticmethod
-    def of_run(run: Run, *, size: int, limit: float, column: str | None = None) -> Pixels:
-        """Return the images of a run by image id; limit in bytes."""
+    def of_run(
+        run: Run,
+        *,
+        size: int,
+        limit: float,
+        column: str | None = None,
+        crop: float = 1.0,
+        interpolation: str = "bilinear",
+    ) -> Pixels:
+        """Return the images of a run by image id; limit in bytes, crop the share of the shorter side kept."""
         images = run.manifest("images")
         assert images is not None
         rows = np.array([shard.rows for shard in images.shards], np.int64)
         indices = [shard.index for shard in images.shards]
-        folder = folder_of(run.uri, images.fingerprint, size)
+        folder = folder_of(run.uri, images.fingerprint, size, crop, interpolation)
         home = functools.partial(run.read_shard, "images")
         return Pixels(
             folder,
@@ -84,6 +95,8 @@ class Pixels:
             lambda shard: home(indices[shard]),
             size=size,
             limit=limit,
+            crop=crop,
+            interpolation=interpolation,
             access=run.access,
             column=column,
         )
@@ -93,25 +106,42 @@ class Pixels:
 
         Raises UserError where one cannot be read.
         """
+        out, unread = self.tried(places)
+        for row, reason in unread.items():
+            shard = int(np.searchsorted(self.ends, places[row], side="right"))
+            within = int(places[row] - (self.ends[shard] - self.rows[shard]))
+            uri = self._listed(shard)["uri"][within].as_py()
+            raise UserError(
+                f"{uri} cannot be read any more: {reason}; restore it, or make a new run of the images that "
+                "are left"
+            )
+        return out
+
+    def tried(self, places: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+        """Return images as `get`, and why the rows cannot be read that are left as they are."""
         out = np.empty((len(places), self.size, self.size, 3), np.uint8)
+        unread: dict[int, str] = {}
         shards = np.searchsorted(self.ends, places, side="right")
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
             within = places[here] - (self.ends[shard] - self.rows[shard])
-            self._fill(int(shard), within, here, out)
-        return out
+            unread |= self._fill(int(shard), within, here, out)
+        return out, unread
 
-    def _fill(self, shard: int, within: np.ndarray, here: np.ndarray, out: np.ndarray) -> None:
+    def _fill(self, shard: int, within: np.ndarray, here: np.ndarray, out: np.ndarray) -> dict[int, str]:
         if shard >= self.kept:
-            self._decode(shard, within, here, out)
-            return
+            return self._decode(shard, within, here, out)
         pixels, there = self._mapped(shard)
         known = there[within] == 1
         out[here[known]] = pixels[within[known]]
-        if not known.all():
-            self._decode(shard, within[~known], here[~known], out)
-            pixels[within[~known]] = out[here[~known]]
-            there[within[~known]] = 1
+        if known.all():
+            return {}
+        within, here = within[~known], here[~known]
+        unread = self._decode(shard, within, here, out)
+        whole = ~np.isin(here, list(unread))
+        pixels[within[whole]] = out[here[whole]]
+        there[within[whole]] = 1
+        return unread
 
     def _mapped(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         rows = int(self.rows[shard])
@@ -126,19 +156,19 @@ class Pixels:
             file.truncate(int(np.prod(shape)))
         return np.memmap(path, np.uint8, "r+", shape=shape)
 
-    def _decode(self, shard: int, within: np.ndarray, here: np.ndarray, out: np.ndarray) -> None:
+    def _decode(self, shard: int, within: np.ndarray, here: np.ndarray, out: np.ndarray) -> dict[int, str]:
         # In the order of the listing, so that neighbors in an archive come by one request.
         wanted, back = np.unique(within, return_inverse=True)
         listed = self._listed(shard).take(pa.array(wanted))
-        decoded = np.empty((len(wanted), self.size, self.size, 3), np.uint8)
+        decoded = np.zeros((len(wanted), self.size, self.size, 3), np.uint8)
+        reasons = {}
         for i, (image, _, reason) in enumerate(reading.decoded(listed, **self.how)):
             if image is None:
-                raise UserError(
-                    f"{listed['uri'][i].as_py()} cannot be read any more: {reason}; restore it, or make a "
-                    "new run of the images that are left"
-                )
-            decoded[i] = image
+                reasons[i] = reason
+            else:
+                decoded[i] = image
         out[here] = decoded[back]
+        return {row: reasons[i] for row, i in zip(here.tolist(), back.tolist(), strict=True) if i in reasons}
 
     def _listed(self, shard: int) -> pa.Table:
         path = self.folder / f"{Path(shard_name(shard)).stem}.rows"

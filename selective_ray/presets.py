@@ -41,6 +41,52 @@ _FIXMATCH_CIFAR = {
     "evaluate_every": 1_024,
     "checkpoint_every": 1_024,
 }
+_CLD_CIFAR = {
+    "method": "cld",
+    "network": "cifar-resnet18",
+    "image_size": 32,
+    "temperature": 0.07,
+    "momentum": 0.9,
+    "keep": 0.999,
+    "group_temperature": 0.2,
+    "smallest": 0.2,
+    "colors": 0.8,
+    "gray": 0.2,
+}
+_USLT_CIFAR = {
+    "network": "trained",
+    "heads": "linear",
+    "count": 3,
+    "steps": 9_600,
+    "batch": 1_024,
+    "lr": 1e-4,
+    "weight_decay": 1e-4,
+    "threshold": 0.95,
+    "local_weight": 5.0,
+    "adjustment": 5.0,
+    "temperature": 0.25,
+    "reweight": "count",
+    "neighbors": 20,
+    "strong": "randaugment",
+    "pick": "confidence",
+}
+_USLT_IMAGENET = {
+    "network": "frozen",
+    "heads": "cosine",
+    "count": 3,
+    "scale": 40.0,
+    "batch": 2_048,
+    "lr": 1e-4,
+    "weight_decay": 1e-4,
+    "threshold": 0.0,
+    "local_weight": 0.5,
+    "adjustment": 2.5,
+    "temperature": 0.5,
+    "mean_of_all": True,
+    "neighbors": 20,
+    "strong": "moco",
+    "pick": "density",
+}
 # Constants of the published code (TonyLianLong/UnsupervisedSelectiveLabeling, ceaab3c), by its configuration.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # configs/cifar10_usl.yaml: budget 40, seeds 1 to 5.
@@ -129,5 +175,120 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "evaluate_every": 4_004,
             "checkpoint_every": 1_001,
         }
+    },
+    # SimCLR as SCAN trains it (wvangansbeke/Unsupervised-Classification,
+    # configs/pretext/simclr_cifar10.yml), whose checkpoints USL-T begins from: 500 epochs of 97 steps.
+    "simclr-cifar10": {
+        "pretrain": {
+            "method": "simclr",
+            "network": "cifar-resnet18",
+            "image_size": 32,
+            "steps": 48_500,
+            "batch": 512,
+            "temperature": 0.1,
+            "lr": 0.4,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "smallest": 0.2,
+            "colors": 0.8,
+            "gray": 0.2,
+            "blur": 0.0,
+        }
+    },
+    # MoCo v2 (facebookresearch/moco, its README): 200 epochs of 5,004 steps.
+    "moco-v2-imagenet": {
+        "pretrain": {
+            "method": "moco",
+            "network": "resnet50",
+            "image_size": 224,
+            "steps": 1_000_800,
+            "batch": 256,
+            "temperature": 0.2,
+            "lr": 0.03,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "keep": 0.999,
+            "queue": 65_536,
+            "smallest": 0.2,
+            "colors": 0.8,
+            "gray": 0.2,
+            "blur": 0.5,
+        }
+    },
+    # CLD (frank-xwang/CLD-UnsupervisedLearning, scripts/cifar/train_cifar10_moco_cld.sh): 200 epochs of 195
+    # steps, warmed up for 5. Its random erasing is left out.
+    "cld-cifar10": {
+        "pretrain": {
+            **_CLD_CIFAR,
+            "steps": 39_000,
+            "batch": 256,
+            "lr": 0.06,
+            "warmup": 975,
+            "weight_decay": 8e-4,
+            "queue": 12_288,
+            "groups": 200,
+            "group_weight": 0.8,
+            "blur": 0.5,
+        }
+    },
+    # The same of CIFAR-100 (train_cifar100_moco_cld.sh): 200 epochs of 390 steps. Colors are changed less.
+    "cld-cifar100": {
+        "pretrain": {
+            **_CLD_CIFAR,
+            "steps": 78_000,
+            "batch": 128,
+            "lr": 0.03,
+            "warmup": 1_950,
+            "weight_decay": 7e-4,
+            "queue": 4_096,
+            "groups": 100,
+            "group_weight": 0.25,
+            "blur": 0.0,
+        }
+    },
+    # USL-T on CIFAR-10 (usl-t_pretraining/usl-t-cifar-pretrain.py): 200 epochs of 48 steps from SimCLR's
+    # weights, given with --checkpoint; budget 40. Strong views have two operations, not four.
+    "usl-t-cifar10": {
+        "embed": {"encoder": "simclr"},
+        "density": {"k": 20},
+        "selection": {"method": "usl-t"},
+        "usl_t": _USLT_CIFAR | {"mean_of_all": False, "confidence_of_all": True},
+    },
+    # The same of CIFAR-100; budget 400.
+    "usl-t-cifar100": {
+        "embed": {"encoder": "simclr"},
+        "density": {"k": 20},
+        "selection": {"method": "usl-t"},
+        "usl_t": _USLT_CIFAR | {"mean_of_all": True, "confidence_of_all": False},
+    },
+    # USL-T on ImageNet-100 (usl-t-imagenet-pretrain.py): 100 epochs of 61 steps on MoCo v2's features, its
+    # head's; budget 400. The published label propagation is left to train.propagate = 20.
+    "usl-t-imagenet100": {
+        "embed": {"encoder": "moco-v2-head"},
+        "density": {"k": 20},
+        "selection": {"method": "usl-t"},
+        "usl_t": _USLT_IMAGENET
+        | {
+            "steps": 6_100,
+            "reweight": "renorm",
+            "repair_after": 124,
+            "repair_below": 50,
+            "repair_above": 500,
+        },
+    },
+    # USL-T on ImageNet: 10 epochs of 625 steps, 3,000 clusters of which the largest are taken; budget 2,911.
+    "usl-t-imagenet": {
+        "embed": {"encoder": "moco-v2-head"},
+        "density": {"k": 20},
+        "selection": {"method": "usl-t"},
+        "usl_t": _USLT_IMAGENET
+        | {
+            "clusters": 3_000,
+            "steps": 6_250,
+            "reweight": "none",
+            "repair_after": 1_250,
+            "repair_below": 100,
+            "repair_above": 1_000,
+        },
     },
 }

@@ -64,8 +64,10 @@ def read(runs: Sequence[Run], source: str | None) -> Truth:
 
 
 def rejected(run: Run) -> np.ndarray:
-    """Return the ids of the images that have no embedding, int64."""
+    """Return the ids of the images that have no embedding, int64; none where nothing is embedded yet."""
     manifest = run.manifest("rejected")
+    if manifest is None:
+        return np.empty(0, np.int64)
     parts = [run.read_shard("rejected", shard.index, ["image_id"]) for shard in manifest.shards]
     return pa.concat_tables(parts)["image_id"].to_numpy()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from selective_ray import augment, batches, classifiers, fixmatch
+from selective_ray import augment, batches, classifiers, fixmatch, optimization
 from selective_ray.fixmatch import Learner, Recipe
 
 
@@ -81,29 +81,29 @@ def test_the_average_follows_its_closed_form():
             for p in (*network.parameters(), network[1].running_mean):
                 p.copy_(torch.full_like(p, float(step)) + p.numel())
         seen.append([p.detach().clone() for p in (*network.parameters(), network[1].running_mean)])
-        fixmatch.follow(average, network, 0.9, statistics=True)
+        optimization.follow(average, network, 0.9, statistics=True)
     for i, mine in enumerate((*average.parameters(), average[1].running_mean)):
         expected = 0.9**6 * first[i] + sum(0.1 * 0.9 ** (5 - j) * seen[j][i] for j in range(6))
         assert torch.allclose(mine, expected, atol=1e-14)
-    fixmatch.follow(average, network, 0.9, statistics=False)
+    optimization.follow(average, network, 0.9, statistics=False)
     assert torch.equal(average[1].running_mean, network[1].running_mean)
 
 
 def test_the_published_schedule():
     recipe = Recipe()
-    assert fixmatch.learning_rate(recipe, 0) == 0.03
+    assert optimization.learning_rate(recipe, 0) == 0.03
     for step in (1, 1000, 2**19, 2**20 - 1):
         expected = 0.03 * math.cos(7 * math.pi * step / (16 * 2**20))
-        assert fixmatch.learning_rate(recipe, step) == pytest.approx(expected, rel=1e-12)
+        assert optimization.learning_rate(recipe, step) == pytest.approx(expected, rel=1e-12)
     steps = Recipe(steps=100, warmup=5, schedule="steps", lr=1.0)
-    rates = [fixmatch.learning_rate(steps, step) for step in range(100)]
+    rates = [optimization.learning_rate(steps, step) for step in range(100)]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert (rates[59], rates[60], rates[80]) == pytest.approx((1.0, 0.1, 0.01))
 
 
 def test_biases_and_norms_do_not_decay():
     network = classifiers.build("wrn-10-1", 4)
-    decayed, spared = fixmatch.optimizer(network, Recipe()).param_groups
+    decayed, spared = optimization.optimizer(network, Recipe()).param_groups
     assert decayed["weight_decay"] == 5e-4 and spared["weight_decay"] == 0
     shapes = {tuple(p.shape) for p in network.parameters() if p.ndim == 1}
     assert {tuple(p.shape) for p in spared["params"]} == shapes

@@ -21,8 +21,8 @@ from test_training import SMALL, paint
 from selective_ray import classifiers, config, labeling
 from selective_ray import model as files
 from selective_ray.actors import pipeline
+from selective_ray.actors.fixmatch import train
 from selective_ray.actors.predictions import predict
-from selective_ray.actors.training import train
 from selective_ray.errors import UsageError, UserError
 from selective_ray.fixmatch import Learner, Recipe
 from selective_ray.pixels import Pixels

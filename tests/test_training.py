@@ -15,7 +15,8 @@ from test_faults import killer
 
 from selective_ray import config, held_out, labeling, training, truth
 from selective_ray.actors import pipeline
-from selective_ray.actors.training import _workers, train
+from selective_ray.actors.fixmatch import train
+from selective_ray.actors.training import _workers
 from selective_ray.errors import UserError
 from selective_ray.pixels import Pixels
 from selective_ray.progress import Reporter
@@ -156,7 +157,7 @@ def test_more_workers_than_there_is_room_for(two_cpus):
     reporter = Reporter(quiet=True)
     options = {"resources.workers": 6, "resources.start_seconds": 1.5}
     settings, _ = config.load(options=options, own_embeddings=True)
-    workers, _ = _workers(settings, reporter)
+    workers, _ = _workers(settings, settings.train.batch, reporter)
     assert workers == 4
     assert any("waiting for 6 workers: the cluster has room for 4" in words for words in reporter.warnings)
     assert any("training with 4 workers" in words for words in reporter.warnings)
@@ -272,7 +273,7 @@ import json, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from selective_ray import config
-from selective_ray.actors.training import train
+from selective_ray.actors.fixmatch import train
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 from selective_ray.training import Training

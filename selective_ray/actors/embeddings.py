@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from selective_ray import checkpoints, encoders, objects
+from selective_ray import checkpoints, encoders, learned, objects
 from selective_ray.actors import since
 from selective_ray.actors.pca import PCA_FILE, fitted_pca
 from selective_ray.actors.placement import Placement, place
@@ -48,12 +48,13 @@ FRUITLESS_WAVES = 3
 
 def identity(config: Config) -> dict[str, Any]:
     """Return what the embeddings depend on, as their manifest has it; hashes the checkpoint."""
-    embed = config.embed
-    transform = encoders.transform(embed.encoder, embed.image_size)
+    embed, access = config.embed, config.resources.access()
+    transform = encoders.transform(embed.encoder, embed.image_size, access)
     what: dict[str, Any] = {
         "embed": {
-            "encoder": embed.encoder,
-            "weights": encoders.weights_id(embed.encoder, embed.checkpoint, config.resources.access()),
+            # Of a learned one the weights tell, not the folder that they are in.
+            "encoder": "learned" if learned.is_name(embed.encoder) else embed.encoder,
+            "weights": encoders.weights_id(embed.encoder, embed.checkpoint, access),
             "image_size": transform.size,
             "crop": transform.crop,
             "interpolation": transform.interpolation,
@@ -109,7 +110,7 @@ def embed(
     with reporter.stage("embed", images.rows, "images", images.rows - sum(todo.values())) as bar:
         if todo:
             session.start()
-            spec = _spec(run, config, pixels, rows, how)
+            spec = encoder_spec(run, config, pixels, rows, how)
             product = Product(
                 doing="embedding",
                 by="the encoder",
@@ -148,11 +149,13 @@ def speed(config: Config, work: Work, todo: dict[int, int], seconds: float) -> d
     }
 
 
-def _spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Reading) -> EncoderSpec:
+def encoder_spec(run: Run, config: Config, pixels: Pixels, rows: list[int], how: Reading) -> EncoderSpec:
+    """Return what an actor needs to load the encoder; pca is fitted where that is not yet done."""
     embed = config.embed
     checkpoint = embed.checkpoint and checkpoints.absolute(embed.checkpoint)
+    name = checkpoints.absolute(embed.encoder) if learned.is_name(embed.encoder) else embed.encoder
     spec = EncoderSpec(
-        *(embed.encoder, checkpoint, pixels.size, embed.precision, embed.compile),
+        *(name, checkpoint, pixels.size, embed.precision, embed.compile),
         batch=pixels.batch,
         access=how.access,
     )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selective_ray import labeled, listing, objects, report
-from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since
+from selective_ray import labeled, learned, listing, objects, report
+from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since, usl_t
 from selective_ray.actors.brought import bring_file, refer_to_run
 from selective_ray.actors.images import list_source
 from selective_ray.actors.pool import Pool
@@ -59,6 +59,8 @@ def advance(
     # The lease lies in the run's folder: a machine that does not see it sees another folder.
     # A checkpoint that came with a job lies where each process of the job works; the others do not move.
     given = [path for path in (source.images, source.embeddings, source.since) if path and "://" not in path]
+    encoder = config.embed.encoder
+    given += [encoder] if learned.is_name(encoder) and "://" not in encoder else []
     paths = [run.path(LEASE), config.embed.checkpoint, *(str(Path(path).absolute()) for path in given)]
     with Lease(run, reporter.say) as lease, Session(address, paths) as session:
         if earlier:
@@ -82,17 +84,16 @@ def advance(
             steps = selection.steps(config, labeled.find(run, marked))
             _check_extends(run, config, steps)
         pool = Pool(run, config.resources, session)
-        if upto in ("density", "selection"):
+        # The neighbors of images are what their clusters are trained to agree with.
+        if upto in ("density", "selection") or config.selection.method == "usl-t":
             density.measure(run, config, pool, reporter, asked=asked, earlier=earlier, check=lease.check)
         for step in steps:
-            kmeans.cluster(
-                *(run, config, pool, reporter),
-                budget=step.budget,
-                labeled=len(marked),
-                table=step.clusters,
-                earlier=earlier,
-                check=lease.check,
-            )
+            how = {"budget": step.budget, "labeled": len(marked), "check": lease.check}
+            if config.selection.method == "usl-t":
+                usl_t.cluster(run, config, pool, reporter, **how)
+            else:
+                where = {"table": step.clusters, "earlier": earlier}
+                kmeans.cluster(run, config, pool, reporter, **where, **how)
             if upto == "selection":
                 last = step is steps[-1] and run.manifest(step.selection) is None
                 if last and run.exists("report", "index.html"):

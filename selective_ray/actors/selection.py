@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 
 from selective_ray import selection
-from selective_ray.actors import prototypes, rounds
+from selective_ray.actors import prototypes, rounds, usl_t
 from selective_ray.actors.picking import Asked, in_place
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import peak_memory
@@ -62,6 +62,8 @@ def what_of(config: Config, step: Step) -> dict[str, Any]:
     # What other methods take is left out, so that runs from before there were any are continued.
     without = {"budgets", "labeled"} | ({"method", "passes"} if method == "usl" else set(USL_ONLY))
     settings = config.selection.model_dump(exclude=without) | {"budget": step.budget}
+    if method == "usl-t":
+        settings |= {"pick": config.usl_t.pick}
     if len(step.labeled):
         settings["labeled"] = hashlib.sha256(step.labeled.astype("<i8").tobytes()).hexdigest()[:16]
     return {"selection": settings}
@@ -100,7 +102,7 @@ def select(
             "keeping the utility of every image compares every image with every pick in every round, "
             "and nothing is pruned"
         )
-    method = rounds if settings.method == "usl" else prototypes
+    method = {"usl": rounds, "usl-t": usl_t}.get(settings.method, prototypes)
     with reporter.stage("select", method.expected(settings), method.UNITS) as bar:
         pool.start()
         fixed_clusters, sizes = _clusters(run, pool, step.clusters, fixed)

@@ -29,6 +29,7 @@ from selective_ray.actors.session import peak_memory
 from selective_ray.assignment import Assignment
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
+from selective_ray.heads import Trained, heads_table
 from selective_ray.joining import Block, Cells
 from selective_ray.neighbors import Nearest
 from selective_ray.prototypes import Costs, Gains, Medoids, Proposals, Represented
@@ -269,6 +270,19 @@ class ShardHolder:
         ]
         return written, peak_memory()
 
+    def write_heads(self, table: str, heads: Trained) -> tuple[list[Shard], int]:
+        """Write the clusters of the shards held here as trained heads tell them; also peak memory."""
+        clusters, confidence, sq_dists = heads.judge(self.x)
+        written = [
+            self.run.write_shard(
+                table,
+                shard,
+                heads_table(self.image_ids[rows], clusters[rows], confidence[rows], sq_dists[rows]),
+            )
+            for shard, rows in self.rows.items()
+        ]
+        return written, peak_memory()
+
     # Selection
 
     def half_counts(self, column: str, high: int | None) -> np.ndarray:
@@ -358,6 +372,17 @@ class ShardHolder:
         rows = np.arange(len(clusters)) if open is None else np.flatnonzero(np.isin(clusters, open))
         sq_dists = self._column(table, "sq_dist")[rows].astype(np.float64)
         return Picks.none().merge(Picks(clusters[rows], self.image_ids[rows], -sq_dists))
+
+    def best_of_heads(self, table: str, column: str, open: np.ndarray, taken: np.ndarray) -> Picks:
+        """Return the surest row held here of each open cluster; the densest, by a column of `density/`.
+
+        taken int64 ascending: image ids that are not to be picked.
+        """
+        clusters = self._column(table, "cluster_id")
+        rows = np.flatnonzero(np.isin(clusters, open) & ~np.isin(self.image_ids, taken))
+        utilities = -self._column("density", column) if column else self._column(table, "confidence")
+        chosen = Picks(clusters[rows], self.image_ids[rows], utilities[rows].astype(np.float64))
+        return Picks.none().merge(chosen)
 
     def represent(self, medoids: Medoids, column: str) -> Costs:
         """Sum what the rows held here contribute to the cost of picks."""

@@ -1,4 +1,4 @@
-"""FixMatch with Ray Train: workers that share every step, and Ray Data streams that bring its images.
+"""Trainings with Ray Train: workers that share every step, and Ray Data streams that bring its images.
 
     plan of steps ──► read or decode (tasks) ──► worker 0: slots 0, w, 2 w, …  ──┐
     plan of steps ──► read or decode (tasks) ──► worker 1: slots 1, w + 1, …   ──┴► one step, gradients added
@@ -19,27 +19,18 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selective_ray import checkpoints, labeling, training_page
-from selective_ray.actors.model import exported
 from selective_ray.actors.placement import gpus_each
-from selective_ray.actors.session import Session, alive_nodes, cpus, gpus
-from selective_ray.actors.training_worker import Job, work
+from selective_ray.actors.session import alive_nodes, cpus, gpus
+from selective_ray.actors.training_worker import Course, Job, Shape, work
 from selective_ray.batches import Plan
-from selective_ray.config import Config, Train
-from selective_ray.errors import UsageError, UserError, first_line, named
-from selective_ray.held_out import NONE, HeldOut
-from selective_ray.lease import FILE as LEASE
-from selective_ray.lease import Lease
-from selective_ray.memory import peak_memory
-from selective_ray.objects import Access
+from selective_ray.config import Config, Pretrain, Train
+from selective_ray.errors import UsageError, UserError, first_line
 from selective_ray.progress import Reporter
-from selective_ray.store import Manifest, Run
-from selective_ray.training import NAME, Training
-from selective_ray.truth import Truth, rejected
+from selective_ray.store import Run
+from selective_ray.training import NAME
 
 # A worker's CPU, as Ray counts it: however many there are, tasks that bring images find room beside them.
 WORKER_CPUS = 0.45
@@ -81,76 +72,54 @@ class Desk:
         return self.step, self.words, self.messages, self.refused, self.memory
 
 
-def train(
-    run: Run,
-    config: Config,
-    name: str,
-    reporter: Reporter,
-    *,
-    until: int | None = None,
-    held_out: HeldOut = NONE,
-    truth: Truth | None = None,
-    address: str | None = None,
-) -> tuple[Manifest | None, dict[str, Any]]:
-    """Train until a step, or to the end; returns the manifest of a finished training, and its numbers.
-
-    truth: classes of images, for no other use than to tell how many pseudo-labels are wrong. Raises
-    UserError where there is nothing to train on, or where it fails again and again.
-    """
+def check(name: str, config: Config) -> None:
+    """Raise UsageError where a training cannot have this name, or its board is not there."""
     if not NAME.fullmatch(name):
         raise UsageError(f"--name {name!r} is no name for a folder; use letters, digits, dots and hyphens")
     if config.resources.wandb and not importlib.util.find_spec("wandb"):
         raise UsageError("resources.wandb needs Weights & Biases; install it with `pip install wandb`")
-    labels = _labels(run, reporter)
-    classes = tuple(sorted(set(labels.values())))
-    _check_network(config.train, len(classes), run.access)
-    _warn_of_missing(classes, held_out, truth, reporter)
-    settings = config.train
-    what = {
-        "train": settings.model_dump(exclude={"checkpoint", "evaluate_every", "checkpoint_every"})
-        | {"checkpoint": settings.checkpoint and checkpoints.sha256(settings.checkpoint, run.access)},
-        "classes": list(classes),
-        "seed": config.seed,
-    }
-    training = Training(run, name)
-    with Lease(run, reporter.say) as lease, Session(address, [run.path(LEASE)]) as session:
-        inputs = run.fingerprints("images", "rejected", "labels")
-        if done := training.begin(what, inputs):
-            return done, done.summary
-        session.start()
-        stop = min(settings.steps, until or settings.steps)
-        workers, each = _workers(config, reporter)
-        job = Job(
-            run=run,
-            name=name,
-            train=settings,
-            plan=_plan(run, config, labels),
-            classes=classes,
-            targets=np.array([classes.index(labels[i]) for i in sorted(labels)], np.int64),
-            held_out=held_out,
-            truth=_truth(run, classes, truth),
-            until=stop,
-            cache_bytes=config.resources.cache * 2**30,
-            column=run.manifest("images").what["images"].get("column"),
-            threads=max(1, cpus() // workers),
-            tasks=max(1, cpus() // workers),
-            board=config.resources.wandb,
-            desk=_desk(),
-        )
-        started = time.monotonic()
-        memory = _until_done(job, workers, each, reporter, lease.check)
-        exported(training, session, reporter)
-        lines = training.metrics()
-        page = training_page.render(name, settings.steps, lines, list(classes))
-        run.write_bytes(page.encode(), "report", f"training-{name}.html")
-        summary = _summary(job, lines, time.monotonic() - started)
-        if stop < settings.steps:
-            return None, summary
-        peaks = {"driver": peak_memory(), "worker": memory}
-        done = run.finish(
-            training.table, [], seconds=summary["seconds"], peak_memory_bytes=peaks, summary=summary
-        )
-        return done, summary
+
+
+def until_done(
+    run: Run,
+    name: str,
+    config: Config,
+    course: Course,
+    plan: Plan,
+    *,
+    settings: Train | Pretrain,
+    until: int,
+    reporter: Reporter,
+    check: Any,
+    forgiving: bool = False,
+    shape: Shape | None = None,
+) -> int:
+    """Train until a step, again after failures; returns the memory of the largest worker, in bytes.
+
+    settings: the section of the configuration that the training is of. check: raises where the run has been
+    taken over. forgiving: whether others stand in for images that cannot be read. shape: that of images, else
+    squares of settings.image_size. Raises UserError where the training fails again and again.
+    """
+    workers, each = _workers(config, settings.batch, reporter)
+    job = Job(
+        run=run,
+        name=name,
+        course=course,
+        plan=plan,
+        shape=shape or Shape(settings.image_size),
+        steps=settings.steps,
+        until=until,
+        evaluate_every=settings.evaluate_every,
+        checkpoint_every=settings.checkpoint_every,
+        cache_bytes=config.resources.cache * 2**30,
+        column=run.manifest("images").what["images"].get("column"),
+        threads=max(1, cpus() // workers),
+        tasks=max(1, cpus() // workers),
+        board=config.resources.wandb,
+        desk=_desk(),
+        forgiving=forgiving,
+    )
+    return _until_done(job, workers, each, reporter, check)
 
 
 def _desk() -> Any:
@@ -159,77 +128,7 @@ def _desk() -> Any:
     return Desk.options(scheduling_strategy=here).remote()
 
 
-def _labels(run: Run, reporter: Reporter) -> dict[int, str]:
-    """Return the labels of images that can be read; raises UserError where they are too few."""
-    images = run.manifest("images")
-    if images is None or run.manifest("embeddings") is None:
-        raise UserError(f"{run.uri} has no finished embeddings; run `selective-ray select` on it first")
-    if "images" not in images.what:
-        raise UserError(
-            f"{run.uri} was made of embeddings that were brought, without images to train on; make a run "
-            "with --images"
-        )
-    labels = labeling.read_labels(run).labels
-    unreadable = set(rejected(run).tolist())
-    if lost := sorted(labels.keys() & unreadable):
-        reporter.warn(f"{len(lost):,} labeled images cannot be read, and are left out: {named(lost, ', ')}")
-    labels = {image: label for image, label in labels.items() if image not in unreadable}
-    if not labels:
-        raise UserError(
-            f"{run.uri} has no labels; `selective-ray export` writes the picks for people to label, and "
-            "`selective-ray labels` brings back what they said"
-        )
-    if len(only := set(labels.values())) == 1:
-        raise UserError(
-            f"all {len(labels):,} labels of {run.uri} are {next(iter(only))!r}: a classifier needs two "
-            "classes; label more images"
-        )
-    return labels
-
-
-def _check_network(settings: Train, classes: int, access: Access) -> None:
-    """Raise where there is no such network, or its checkpoint is of another."""
-    from selective_ray import classifiers
-
-    network = classifiers.build(settings.network, classes)
-    if settings.checkpoint:
-        classifiers.begin_from(network, settings.network, settings.checkpoint, access)
-
-
-def _warn_of_missing(
-    classes: tuple[str, ...], held_out: HeldOut, truth: Truth | None, reporter: Reporter
-) -> None:
-    missing = (set(held_out.labels) | set(truth.classes if truth else ())) - set(classes)
-    if missing:
-        reporter.warn(
-            f"no labeled image is of {named(sorted(missing), ', ')}: every image of "
-            f"{'that class' if len(missing) == 1 else 'these classes'} will be answered wrong"
-        )
-
-
-def _plan(run: Run, config: Config, labels: dict[int, str]) -> Plan:
-    return Plan(
-        labeled_ids=np.array(sorted(labels), np.int64),
-        images=run.manifest("images").rows,
-        rejected=np.sort(rejected(run)),
-        labeled=config.train.batch,
-        unlabeled=config.train.batch * config.train.unlabeled_ratio,
-        seed=config.seed,
-    )
-
-
-def _truth(run: Run, classes: tuple[str, ...], truth: Truth | None) -> np.ndarray | None:
-    """Return the class of every image, int32 [n]: -1 where it is not known, -2 where no label is of it."""
-    if truth is None:
-        return None
-    place = {name: i for i, name in enumerate(classes)}
-    # The last is that of images without a truth.
-    codes = np.array([*(place.get(name, -2) for name in truth.classes), -1], np.int32)
-    shards = (run.read_shard("images", s.index, ["image_id"]) for s in run.manifest("images").shards)
-    return np.concatenate([codes[truth.of(run, rows["image_id"].to_numpy())] for rows in shards])
-
-
-def _workers(config: Config, reporter: Reporter) -> tuple[int, dict[str, float]]:
+def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, dict[str, float]]:
     """Return how many workers share the steps, and what each takes of the cluster.
 
     Waits, with a message, for a cluster that grows; goes on with fewer where it does not.
@@ -246,7 +145,7 @@ def _workers(config: Config, reporter: Reporter) -> tuple[int, dict[str, float]]
             else int(ray.cluster_resources().get("CPU", 0) / WORKER_CPUS)
         )
         wanted = asked or (room if per_gpu else len(alive_nodes()))
-        wanted = min(wanted, config.train.batch)
+        wanted = min(wanted, batch)
         if 1 <= wanted <= room:
             return wanted, each
         if time.monotonic() - began > resources.start_seconds:
@@ -366,23 +265,3 @@ def _cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     inner = next(iter(failures.values()), None) or error.__cause__ or error
     return first_line(inner) if str(inner) else type(inner).__name__
-
-
-def _summary(job: Job, lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What a training came to, by its metrics."""
-    judged = [line for line in lines if "accuracy" in line]
-    told = [line for line in lines if "loss" in line]
-    summary: dict[str, Any] = {
-        "steps": job.until,
-        "labels": len(job.targets),
-        "classes": len(job.classes),
-        "seconds": round(seconds, 3),
-    }
-    if told:
-        summary |= {key: told[-1][key] for key in ("loss", "mask_rate", "impurity") if key in told[-1]}
-        summary["steps_per_second"] = told[-1]["steps_per_second"]
-    if judged:
-        last = judged[-1]
-        summary |= {key: last[key] for key in ("accuracy", "calibration_error")}
-        summary["best_accuracy"] = max(line["accuracy"] for line in judged)
-    return summary
