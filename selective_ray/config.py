@@ -303,6 +303,11 @@ class UslT(Section):
         keys = ("threshold", "local_weight", "adjustment", "temperature", "reweight", "mean_of_all")
         return {key: getattr(self, key) for key in (*keys, "repair_after", "repair_below", "repair_above")}
 
+    @property
+    def evaluate_every(self) -> int:
+        """Steps from one evaluation to the next: there is none but the lines."""
+        return self.steps
+
     def trained_by(self) -> dict[str, Any]:
         """Return what the trained heads depend on."""
         return self.model_dump(exclude={"pick", "confidence_of_all", "checkpoint_every"})

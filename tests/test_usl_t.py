@@ -222,7 +222,6 @@ def test_the_densest_of_each_trained_cluster_is_picked(run):
     assert np.array_equal(heads.judge(x)[0], clusters["cluster_id"])
     told = [line for line in Training(run, NAME).metrics() if "loss" in line]
     assert told[-1]["step"] == 12 and 0 < told[-1]["clusters_used"] <= 5
-    assert "selective" in run.read_bytes("report", "index.html").decode()
 
 
 def test_any_shards_and_an_interruption_give_the_same_picks(run, images, tmp_path):
