@@ -197,8 +197,8 @@ def _how(found: Compared) -> str:
         f"labels of the picks, from {escape(found.source)}, then had to tell those of all other images, by "
         f"{', '.join(ACCURACIES.values())}.",
         f"An interval holds the mean difference in {100 * LEVEL:.0f} % of {DRAWS:,} drawings of as many "
-        "seeds from these: it says how far other seeds may go, on these images and with this encoder, and nothing "
-        "about other images.",
+        "seeds from these: it says how far other seeds may go, on these images and with this encoder, and "
+        "nothing about other images.",
         "How many labels random picks need is read off their mean curve, linear in the logarithm of the "
         f"number of labels, at {', '.join(f'{budget:,}' for budget in found.random_budgets())} labels.",
         "All single values are in comparison/ of the run, as Parquet.",

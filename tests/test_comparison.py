@@ -146,7 +146,7 @@ def compare(run, *words):
 
 
 def test_all_methods_end_to_end(run, world, monkeypatch):
-    x, labels = world
+    _, labels = world
     made = []
     judge = evaluation.judge
     monkeypatch.setattr(evaluation, "judge", lambda *asked: made.append(asked[1]) or judge(*asked))
