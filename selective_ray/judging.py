@@ -45,6 +45,7 @@ class Selection:
     seed: int
     kind: str
     image_ids: np.ndarray
+    method: str = "usl"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _selections(run: Run) -> list[Selection]:
                 seed=clusters.what.get("seed", 0) if clusters else 0,
                 kind=json.dumps(made, sort_keys=True),
                 image_ids=np.sort(pa.concat_tables(shards)["image_id"].to_numpy()),
+                method=manifest.what.get("selection", {}).get("method", "usl"),
             )
         )
     return found

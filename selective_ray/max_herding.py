@@ -27,7 +27,7 @@ ONE = 1 << 30
 class Graph(NamedTuple):
     """Pairs of neighbors, of each row here to rows anywhere, sorted by row and target, each once.
 
-    row int64 [e], the place of a row here; target int64 [e], an image id; sq_dists float32 [e]. A row is its
+    row int32 [e], the place of a row here; target int64 [e], an image id; sq_dists float32 [e]. A row is its
     own neighbor.
     """
 
@@ -42,14 +42,15 @@ def graph(image_ids: np.ndarray, lists: Iterable[tuple[np.ndarray, np.ndarray, n
     image_ids int64 [n] ascending; lists yields image_ids [s], neighbors [s, k] and squared distances [s, k]
     of all rows anywhere, block by block.
     """
-    row, target, near = [np.arange(len(image_ids))], [image_ids], [np.zeros(len(image_ids), np.float32)]
+    row, target = [np.arange(len(image_ids), dtype=np.int32)], [image_ids]
+    near = [np.zeros(len(image_ids), np.float32)]
     for ids, others, sq_dists in lists:
         ids, others, sq_dists = np.repeat(ids, others.shape[1]), others.ravel(), sq_dists.ravel()
         there = np.flatnonzero((others >= 0) & (others != ids))
         ids, others, sq_dists = ids[there], others[there], sq_dists[there].astype(np.float32)
         for mine, theirs in ((ids, others), (others, ids)):
             place, rows = find(image_ids, mine)
-            row.append(rows)
+            row.append(rows.astype(np.int32))
             target.append(theirs[place])
             near.append(sq_dists[place])
     row, target, near = (np.concatenate(parts) for parts in (row, target, near))
@@ -80,7 +81,9 @@ class Covering:
         self.kernel = kernel(pairs.sq_dists)
         self.first_of_row = np.searchsorted(self.row, np.arange(len(image_ids) + 1))
         # The same pairs by target; what each target has of a pick so far.
-        self.by_target = np.argsort(self.target, kind="stable")
+        order = np.argsort(self.target, kind="stable")
+        # There are twice as many as rows and neighbors.
+        self.by_target = order.astype(np.int32) if len(order) < 2**31 else order
         self.targets, first = np.unique(self.target[self.by_target], return_index=True)
         self.first_of_target = np.append(first, len(self.target))
         self.most = np.zeros(len(self.targets), np.int64)
