@@ -44,7 +44,7 @@ def picks(
     """
     first, *later = batches(budget, rounds)
     every = np.arange(len(x))
-    bought = draw(every, first, seed, np.empty(0, np.int64)).image_ids
+    bought = draw(every, every, first, seed, np.empty(0, np.int64)).image_ids
     for number, count in enumerate(later, 1):
         if method == "core-set":
             more = _farthest(x, bought, count, seed)

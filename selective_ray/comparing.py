@@ -199,7 +199,7 @@ class _Ground:
         self.reporter.say(f"compare: reading {len(self.image_ids):,} embeddings, and finding neighbors")
         ids, x, _ = judging.read_rows(self.run, np.empty(0, np.int64), self.image_ids)
         assert np.array_equal(ids, self.image_ids)
-        return in_memory.Rows(x, self.config.density, self.k)
+        return in_memory.Rows(x, self.config.density, self.k, self.image_ids)
 
     @cached_property
     def ground(self) -> evaluation.Ground:

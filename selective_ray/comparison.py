@@ -124,7 +124,7 @@ def as_json(found: Compared) -> dict[str, Any]:
             figures = {name: found.values(method, budget, name).tolist() for name in (*FIGURES, "seconds")}
             against = {
                 other: {
-                    name: found.difference(method, other, budget, name)._asdict()
+                    name: _told(found.difference(method, other, budget, name))
                     for name, values in figures.items()
                     if values
                 }

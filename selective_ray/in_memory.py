@@ -149,12 +149,16 @@ def select(
 class Rows:
     """Rows to select from, x float32 [n, d] of unit length, with their neighbors; k of them tell the density.
 
-    They are found once, and the clusters of one budget and seed are kept for the next method.
+    They are found once, and the clusters of one budget and seed are kept for the next method. image_ids
+    int64 [n] ascending, where they are not the numbers of the rows.
     """
 
-    def __init__(self, x: np.ndarray, settings: configuration.Density, k: int) -> None:
+    def __init__(
+        self, x: np.ndarray, settings: configuration.Density, k: int, image_ids: np.ndarray | None = None
+    ) -> None:
         self.x, self.settings, self.k = x, settings, k
         self.ids = np.arange(len(x))
+        self.image_ids = self.ids if image_ids is None else image_ids
         self.clustered: tuple[object, np.ndarray, np.ndarray] | None = None
         needed = density.neighbors_needed(k, settings.include_self)
         rows, inverse = x, slice(None)
@@ -217,7 +221,7 @@ class Rows:
         elif method in methods.GREEDY:
             picks, utilities = self._greedy(config, budget)
         elif method == "random":
-            picks = random_picks.draw(self.ids, budget, seed, nothing).image_ids
+            picks = random_picks.draw(self.ids, self.ids, budget, seed, nothing).image_ids
         elif labels is not None:
             picks = stratified.picks(self.ids, labels, budget, seed, nothing)
         else:
@@ -252,15 +256,15 @@ class Rows:
         clusters, centroids = self.clusters(config, budget)
         to_centroids = sq_dists_direct(x, ids, centroids, clusters).astype(np.float32)
         start = Picks.none().merge(Picks(clusters, ids, -to_centroids.astype(np.float64)))
-        rows = prototypes.Represented(x, ids, self.sq_dists, n)
+        rows = prototypes.Represented(x, self.image_ids, self.sq_dists, n)
         state = prototypes.improve(
-            prototypes.Medoids(start.image_ids, x[start.image_ids], 0),
+            prototypes.Medoids(self.image_ids[start.image_ids], x[start.image_ids], 0),
             *(rows.represent, rows.propose, rows.gains),
             n=n,
             seed=config.seed,
             passes=config.selection.passes if config.selection.method == "prototypes" else 0,
         )
-        return state.medoids.image_ids, state.costs.counts / n
+        return np.searchsorted(self.image_ids, state.medoids.image_ids), state.costs.counts / n
 
     def _greedy(self, config: configuration.Config, budget: int) -> tuple[np.ndarray, np.ndarray]:
         settings, x, n = config.selection, self.x, len(self.x)

@@ -20,11 +20,12 @@ from selective_ray.selection import find
 class Farthest:
     """Rows with their squared distance to the nearest pick: x float32 [n, d], image_ids int64 [n] ascending.
 
-    The utility is that squared distance; of the first pick a number above any.
+    The utility is that squared distance; of the first pick a number above any. first_row is the position of
+    the first row among all.
     """
 
-    def __init__(self, x: np.ndarray, image_ids: np.ndarray, seed: int) -> None:
-        self.x, self.image_ids, self.seed = x, image_ids, seed
+    def __init__(self, x: np.ndarray, image_ids: np.ndarray, seed: int, first_row: int = 0) -> None:
+        self.x, self.image_ids, self.seed, self.first_row = x, image_ids, seed, first_row
         self.sq_norms = np.einsum("nd,nd->n", x, x)
         self.sq_dists = np.full(len(x), np.inf)
 
@@ -33,7 +34,7 @@ class Farthest:
         if not len(self.x):
             return Pick.none()
         if np.isposinf(self.sq_dists[0]):
-            numbers = hashed(self.image_ids, self.seed)
+            numbers = hashed(self.first_row + np.arange(len(self.x)), self.seed)
             first = self.pick_of(int(numbers.argmin()))
             # Whole, so that none are rounded together; above any distance.
             return first._replace(utility=2**65 - int(numbers.min()))

@@ -56,14 +56,15 @@ def rows_of(
     x: np.ndarray,
     image_ids: np.ndarray,
     lists: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    first_row: int = 0,
 ) -> greedy.Method:
     """Return the rows of one process as the method sees them.
 
-    x float32 [n, d], image_ids int64 [n] ascending; lists: the neighbors of all rows anywhere, block by block
-    (`max_herding.graph`), read where the method takes them.
+    x float32 [n, d], image_ids int64 [n] ascending, the first at position first_row among all; lists: the
+    neighbors of all rows anywhere, block by block (`max_herding.graph`), read where the method takes them.
     """
     if terms.method == "k-center":
-        return k_center.Farthest(x, image_ids, terms.seed)
+        return k_center.Farthest(x, image_ids, terms.seed, first_row)
     if terms.method == "rdss":
         features = terms.random_features(x.shape[1])
         own = {"mean": terms.mean, "width": terms.radius, "budget": terms.budget}

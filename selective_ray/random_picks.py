@@ -1,6 +1,6 @@
-"""Random picks: those whose numbers, drawn for every image from its id and the seed, are smallest.
+"""Random picks: those whose numbers, drawn for every row from its position and the seed, are smallest.
 
-A uniform draw without replacement, as far as hashed numbers are random. The number of an image depends on
+A uniform draw without replacement, as far as hashed numbers are random. The number of a row depends on
 nothing else, so that any process can draw among its own rows, and a larger draw contains a smaller one.
 """
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 
-def hashed(image_ids: np.ndarray, draw: int) -> np.ndarray:
-    """Return numbers that look random, uint64 [n], of image ids and a seed (SplitMix64)."""
-    x = image_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(draw)
+def hashed(keys: np.ndarray, draw: int) -> np.ndarray:
+    """Return numbers that look random, uint64 [n], of whole numbers [n] and a seed (SplitMix64)."""
+    x = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(draw)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -35,7 +35,10 @@ class Drawn(NamedTuple):
         return Drawn(self.numbers[order], self.image_ids[order])
 
 
-def draw(image_ids: np.ndarray, count: int, seed: int, without: np.ndarray) -> Drawn:
-    """Draw `count` of the images int64 [n], none of those `without`; all where there are fewer."""
-    rest = image_ids[~np.isin(image_ids, without)]
-    return Drawn(hashed(rest, seed), rest).first(count)
+def draw(image_ids: np.ndarray, positions: np.ndarray, count: int, seed: int, without: np.ndarray) -> Drawn:
+    """Draw `count` of the images int64 [n], none of those `without`; all where there are fewer.
+
+    positions int64 [n] are those of the images among all rows.
+    """
+    rest = ~np.isin(image_ids, without)
+    return Drawn(hashed(positions[rest], seed), image_ids[rest]).first(count)

@@ -44,8 +44,8 @@ def quotas(have: np.ndarray, there: np.ndarray, count: int, seed: int) -> np.nda
 def picks(image_ids: np.ndarray, codes: np.ndarray, count: int, seed: int, fixed: np.ndarray) -> np.ndarray:
     """Pick `count` images besides the fixed ones: image ids int64 [count].
 
-    codes int64 [n] are the classes of image_ids int64 [n], -1 where not known. Raises UserError where too few
-    are known.
+    codes int64 [n] are the classes of image_ids int64 [n], all there are, -1 where not known. Raises
+    UserError where too few are known.
     """
     classes = int(codes.max(initial=-1)) + 1
     known = codes >= 0
@@ -54,10 +54,8 @@ def picks(image_ids: np.ndarray, codes: np.ndarray, count: int, seed: int, fixed
     wanted = quotas(have, np.bincount(codes[known & ~mine], minlength=classes), count, seed)
     order = np.argsort(codes, kind="stable")
     first = np.searchsorted(codes[order], np.arange(classes + 1))
-    return np.concatenate(
-        [
-            draw(image_ids[order[first[c] : first[c + 1]]], int(wanted[c]), seed, fixed).image_ids
-            for c in np.flatnonzero(wanted)
-        ]
-        or [np.empty(0, np.int64)]
-    )
+    found = [np.empty(0, np.int64)]
+    for c in np.flatnonzero(wanted):
+        rows = order[first[c] : first[c + 1]]
+        found.append(draw(image_ids[rows], rows, int(wanted[c]), seed, fixed).image_ids)
+    return np.concatenate(found)

@@ -9,7 +9,9 @@ import pytest
 from conftest import unit
 from scipy.special import softmax
 from test_cli import ask, refused
+from test_report import make
 
+import selective_ray
 from selective_ray import active, comparing, evaluation, paired
 from selective_ray.paired import difference, equal_budget
 
@@ -128,14 +130,14 @@ def test_core_set_is_the_farthest_from_what_is_bought(world):
 
 
 @pytest.fixture(scope="module")
-def run(world, two_cpus, tmp_path_factory):
+def run(world, tmp_path_factory):
+    """A finished run of three shards, whose image ids are not the numbers of rows, and labels."""
     x, labels = world
     folder = tmp_path_factory.mktemp("compare")
-    np.save(folder / "x.npy", x)
-    lines = ["image_id,label", *(f"{i},class {c}" for i, c in enumerate(labels))]
+    uris = [f"/data/{i}.png" for i in range(240)]
+    make(folder / "run", x, 12, uris, settings={"density.k": 6, "selection.weight": 0.5})
+    lines = ["image_id,label", *(f"{2 * i + 1},class {c}" for i, c in enumerate(labels))]
     (folder / "labels.csv").write_text("\n".join(lines))
-    words = "--run", folder / "run", "--set", "density.k=6"
-    assert ask("density", "--embeddings", folder / "x.npy", *words).exit_code == 0
     return folder
 
 
@@ -186,7 +188,7 @@ def test_all_methods_end_to_end(run, world, monkeypatch):
     drawn = {tuple(cell["image_ids"]) for cell in cells if (cell["method"], cell["budget"]) == ("random", 8)}
     assert len(drawn) == 3
     (even,) = [c for c in cells if (c["method"], c["budget"], c["seed"]) == ("stratified", 8, 0)]
-    assert np.bincount(labels[even["image_ids"]]).tolist() == [2, 2, 2, 2]
+    assert np.bincount(labels[np.array(even["image_ids"]) // 2]).tolist() == [2, 2, 2, 2]
     page = (run / "run/comparison/index.html").read_text()
     for method in both:
         assert method[0] in page
@@ -197,17 +199,17 @@ def test_all_methods_end_to_end(run, world, monkeypatch):
     assert len(made) == 3 * (2 * methods + 1)
 
 
-def test_picks_are_those_of_select(run, tmp_path):
-    """With the density and the seed of the run."""
-    compare(run, "--budgets", "8,16", "--seeds", 3, "--methods", "typiclust")
-    for method in ("usl", "typiclust", "random"):
-        made = tmp_path / method
-        words = "--budget", 8, "--method", method, "--seed", 1, "--set", "density.k=6"
-        assert ask("select", "--embeddings", run / "run", "--run", made, *words).exit_code == 0
-        ids = pq.read_table(next((made / "selection").glob("*.parquet")))["image_id"].to_pylist()
-        cells = [json.loads(path.read_text()) for path in (run / "run/comparison/cells").glob("*.json")]
+def test_picks_are_those_of_select(run, world):
+    """With the settings that the run was made with."""
+    compare(
+        run, "--budgets", "8,16", "--seeds", 3, "--methods", "prototypes,k-center,rdss,max-herding,typiclust"
+    )
+    cells = [json.loads(path.read_text()) for path in (run / "run/comparison/cells").glob("*.json")]
+    for method in ("usl", "random", "k-center", "rdss", "max-herding", "typiclust"):
+        settings = {"selection.method": method, "density.k": 6, "selection.weight": 0.5}
+        rows = selective_ray.select(world[0], 8, seed=1, settings=settings).rows
         mine = [c for c in cells if (c["method"], c["budget"], c["seed"]) == (method, 8, 1)]
-        assert any(sorted(cell["image_ids"]) == sorted(ids) for cell in mine)
+        assert any(sorted(cell["image_ids"]) == sorted((2 * rows + 1).tolist()) for cell in mine)
 
 
 def test_other_settings_and_few_labels_are_other_cells(run, tmp_path):
@@ -218,9 +220,10 @@ def test_other_settings_and_few_labels_are_other_cells(run, tmp_path):
     told = json.loads(result.stdout)
     assert told["compared"] == 150 and "150 of 240 images have a label" in told["warnings"][0]
     # One seed: no interval.
-    assert told["methods"][0]["difference"]["random"]["linear_probe"]["low"] is None
+    (usl,) = (one for one in told["methods"] if one["method"] == "usl")
+    assert usl["difference"]["random"]["linear_probe"]["low"] is None
     plain, weighted = (
-        compare(run, *words, *more)["methods"] for more in ((), ("--set", "selection.weight=0"))
+        compare(run, *words, *more)["methods"] for more in ((), ("--set", "selection.weight=5"))
     )
     values = [
         [one["figures"]["coverage"] for one in methods if one["method"] == "usl"]

@@ -29,13 +29,11 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
         )
         image_ids, summary = drawn.image_ids, {}
     else:
-        ids, codes = asked.truth.image_ids, asked.truth.codes
-        if ids is None:
-            shards = pool.run.manifest("embeddings").shards
-            parts = [pool.run.read_shard("embeddings", s.index, ["image_id"])["image_id"] for s in shards]
-            ids = np.concatenate([part.to_numpy() for part in parts])
-            codes = np.concatenate([asked.truth.of(pool.run, part.to_numpy()) for part in parts])
+        shards = pool.run.manifest("embeddings").shards
+        parts = [pool.run.read_shard("embeddings", shard.index, ["image_id"]) for shard in shards]
+        ids = np.concatenate([part["image_id"].to_numpy() for part in parts])
+        codes = asked.truth.of(pool.run, ids)
         image_ids = stratified.picks(ids, codes, asked.count, seed, asked.fixed)
-        summary = {"oracle": True, "labels_seen": len(ids)}
+        summary = {"oracle": True, "labels_seen": int((codes >= 0).sum())}
     watch("")
     return Chosen(image_ids, summary, lambda ids, _: (np.zeros(len(ids)), np.zeros(len(ids))))

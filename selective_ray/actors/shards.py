@@ -394,7 +394,8 @@ class ShardHolder:
 
     def draw(self, count: int, seed: int, without: np.ndarray) -> Drawn:
         """Draw some of the rows held here."""
-        return random_picks.draw(self.image_ids, count, seed, without)
+        positions = np.arange(self.first_row, self.first_row + self.count)
+        return random_picks.draw(self.image_ids, positions, count, seed, without)
 
     def feature_sums(self, terms: Terms) -> np.ndarray:
         """Add up the random features of the rows held here."""
@@ -411,7 +412,10 @@ class ShardHolder:
 
     def _greedy(self, table: str, terms: Terms) -> Met:
         if self.greedy is None or self.greedy[0] != table:
-            self.greedy = table, Met(methods.rows_of(terms, self.x, self.image_ids, self._neighbors()))
+            self.greedy = (
+                table,
+                Met(methods.rows_of(terms, self.x, self.image_ids, self._neighbors(), self.first_row)),
+            )
         return self.greedy[1]
 
     def _neighbors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
