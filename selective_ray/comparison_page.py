@@ -30,6 +30,10 @@ def render(found: Compared) -> str:
     return document(title, f"<nav>{links}</nav>", body)
 
 
+def _seeds(found: Compared) -> str:
+    return "one seed" if found.plan.seeds == 1 else f"{found.plan.seeds} seeds"
+
+
 def _name(method: str) -> str:
     return escape(method) + (" *" if method in SEES_LABELS else "")
 
@@ -57,8 +61,8 @@ def _summary(found: Compared) -> str:
         rows.append((_name(method), shown("linear_probe", float(score.mean()), deviation(score)), *against))
     heads = ("method", "mean accuracy", *(f"points to {other}" for other in AGAINST))
     note = (
-        "Mean of linear probe and label propagation over all budgets, ± standard deviation over the "
-        f"{found.plan.seeds} seeds. {_marks(found)}"
+        "Mean of linear probe and label propagation over all budgets, ± standard deviation over "
+        f"{_seeds(found)}. {_marks(found)}"
     )
     return f'{lead}{table(heads, rows)}<p class="note">{note}</p>'
 
@@ -193,7 +197,7 @@ def _how(found: Compared) -> str:
     )
     words = [
         f"Each method picked from the same {found.compared:,} images ({part}; {found.images:,} are in the "
-        f"run), in {found.classes:,} classes, with {plan.seeds} seeds, which vary all that is random. The "
+        f"run), in {found.classes:,} classes, with {_seeds(found)}, which vary all that is random. The "
         f"labels of the picks, from {escape(found.source)}, then had to tell those of all other images, by "
         f"{', '.join(ACCURACIES.values())}.",
         f"An interval holds the mean difference in {100 * LEVEL:.0f} % of {DRAWS:,} drawings of as many "

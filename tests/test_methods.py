@@ -4,18 +4,36 @@ from collections import Counter
 
 import numpy as np
 import oracle
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from conftest import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import ask, line_of
 
 import selective_ray
-from selective_ray import greedy, max_herding, methods, probcover, random_picks, rdss, stratified, typiclust
-from selective_ray.config import METHOD_KEYS
+from selective_ray import (
+    config,
+    greedy,
+    max_herding,
+    methods,
+    probcover,
+    random_picks,
+    rdss,
+    stratified,
+    truth,
+    typiclust,
+)
+from selective_ray.actors.picking import Asked
+from selective_ray.actors.pool import Pool
+from selective_ray.actors.selection import METHODS
+from selective_ray.actors.session import Session
+from selective_ray.config import METHOD_KEYS, Resources
 from selective_ray.errors import UsageError, UserError
 from selective_ray.methods import Terms
+from selective_ray.store import Run
 
 GREEDY_TERMS = {
     "k-center": Terms("k-center", 12, 3, 1.0),
@@ -252,81 +270,109 @@ def test_in_memory_every_method_gives_the_budget():
         selective_ray.select(x, 9, settings={"selection.method": "stratified"}, labels=labels[:5])
 
 
-# Through the command
+# On Ray
 
 
 def read(run, table):
     return pq.read_table(next((run / table).glob("*.parquet")))
 
 
+def told(*words):
+    result = ask(*words)
+    assert result.exit_code == 0, result.stderr or result.exception
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vectors")
     x = blobs(9, n=300, d=8, centers=15)
+    # Copies, in different shards.
+    x[250:260] = x[20:30]
     np.save(folder / "x.npy", x)
     lines = ["image_id,label", *(f"{i},{'abcde'[i % 5]}" for i in range(300))]
     (folder / "labels.csv").write_text("\n".join(lines))
     return folder
 
 
-@pytest.fixture(scope="module")
-def bases(vectors, two_cpus, tmp_path_factory):
-    """Runs with embeddings, density and neighbors, of 1, 2 and 7 shards."""
-    runs = {}
-    for workers, shard_rows in ((1, 300), (2, 150), (7, 43)):
-        run = tmp_path_factory.mktemp("base") / "run"
-        resources = f"resources.shard_rows={shard_rows}", f"resources.workers={workers}"
-        words = [word for one in resources for word in ("--set", one)]
-        base = "density", "--embeddings", vectors / "x.npy", "--run", run, *words, *KEPT
-        assert ask(*base).exit_code == 0
-        runs[workers] = run, words
-    return runs
-
-
 KEPT = "--set", "density.k=5", "--set", "density.keep_neighbors=true"
 
 
-@pytest.mark.parametrize("method", [m for m in METHOD_KEYS if m not in ("usl", "prototypes", "k-medoid")])
-def test_the_command_picks_what_the_library_picks_for_any_shards(method, vectors, bases, tmp_path):
-    options = {"selection.method": method, "density.k": 5}
+@pytest.fixture(scope="module")
+def base(vectors, two_cpus, tmp_path_factory):
+    """A run of seven shards, selected by max-herding through the command."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    words = "--budget", 12, "--method", "max-herding", "--set", "resources.shard_rows=43", *KEPT
+    told("select", "--embeddings", vectors / "x.npy", "--run", run, *words)
+    return run
+
+
+def expected(vectors, method, budget=12):
     labels = ["abcde"[i % 5] for i in range(300)] if method == "stratified" else None
-    expected = selective_ray.select(np.load(vectors / "x.npy"), 12, settings=options, labels=labels)
-    given = ("--set", f"selection.labels={vectors / 'labels.csv'}") if labels else ()
-    for workers in (1, 2) if method != "max-herding" else (1, 2, 7):
-        base, words = bases[workers]
-        run = tmp_path / f"{workers}"
-        result = ask(
-            *("select", "--embeddings", base, "--run", run, "--budget", 12, "--method", method),
-            *(*given, *words, *KEPT),
+    settings = {"selection.method": method, "density.k": 5}
+    return selective_ray.select(np.load(vectors / "x.npy"), budget, settings=settings, labels=labels)
+
+
+def test_the_command_picks_what_the_library_picks(vectors, base):
+    library, table = expected(vectors, "max-herding"), read(base, "selection")
+    assert table["image_id"].to_pylist() == library.rows.tolist()
+    assert table["utility"].to_numpy() == pytest.approx(library.utilities, rel=1e-6)
+    page = (base / "report" / "index.html").read_text()
+    assert "brought most others nearer" in page and "oracle" not in page
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_all_methods_pick_what_the_library_picks_on_any_actors(workers, vectors, base):
+    """On the shards of one run; with three actors, one is killed after every few picks."""
+    run = Run(str(base))
+    clusters = pa.concat_tables(run.read_shard("clusters", shard) for shard in range(7))
+    sizes = np.bincount(clusters["cluster_id"].to_numpy(), minlength=12)
+    nothing = np.empty(0, np.int64)
+    pool = Pool(run, Resources(workers=workers), Session())
+    pool.start()
+    for method in ("typiclust", "random", "stratified", *methods.GREEDY):
+        labels = str(vectors / "labels.csv") if method == "stratified" else None
+        options = {"selection.method": method, "selection.labels": labels, "density.k": 5}
+        settings = config.load(options=options)[0]
+        asked = Asked(
+            *(settings, "clusters", "mean_sq_dist", nothing, np.empty(0, np.int32), sizes, 12, None, method),
+            truth=truth.read([run], labels) if labels else None,
         )
-        assert result.exit_code == 0, result.stderr or result.exception
-        table = read(run, "selection")
-        assert table["image_id"].to_pylist() == expected.rows.tolist()
-        assert table["utility"].to_numpy() == pytest.approx(expected.utilities, rel=1e-6)
-    page = (run / "report" / "index.html").read_text()
-    assert ("oracle" in page) == (method == "stratified")
+        picked = 0
+
+        def watch(_, method=method):
+            nonlocal picked
+            picked += 1
+            if workers == 3 and method in ("max-herding", "rdss") and picked == 5:
+                ray.kill(pool.actors[1], no_restart=False)
+
+        chosen = METHODS[method].pick(pool, asked, watch)
+        library = expected(vectors, method)
+        assert sorted(chosen.image_ids.tolist()) == sorted(library.rows.tolist()), method
+        _, utilities = chosen.judge(library.rows, library.sq_dists)
+        assert utilities == pytest.approx(library.utilities, rel=1e-6)
+    pool.stop()
 
 
-def test_budgets_that_contain_each_other_and_labeled_images(vectors, bases, tmp_path):
-    base, words = bases[2]
+def test_budgets_that_contain_each_other_and_labeled_images(vectors, base, tmp_path):
     marked = tmp_path / "marked.csv"
     marked.write_text("image_id\n3\n200\n")
-    for method in ("typiclust", "max-herding", "random", "stratified"):
+    for method in ("k-center", "stratified"):
         run = tmp_path / method
         given = ("--set", f"selection.labels={vectors / 'labels.csv'}") if method == "stratified" else ()
-        call = (
-            *("select", "--embeddings", base, "--run", run, "--budgets", "6,12", "--method", method),
-            *("--labeled", marked, *given, *words, *KEPT),
-        )
-        result = ask(*call)
-        assert result.exit_code == 0, result.stderr or result.exception
+        words = "--budgets", "6,12", "--method", method, "--labeled", marked, *given, *KEPT
+        told("select", "--embeddings", base, "--run", run, *words)
         small, large = (set(read(run, name)["image_id"].to_pylist()) for name in ("selection-6", "selection"))
         assert small < large and len(small) == 6 and len(large) == 12
         assert not {3, 200} & large
-        assert "nothing to do" in ask(*call).stdout
+        assert "nothing to do" in told("select", "--embeddings", base, "--run", run, *words)
+    # 3 and 200 are of the classes d and a, and count.
+    assert np.bincount(np.array([*large, 3, 200]) % 5).max() == 3
+    assert "oracle" in (run / "report" / "index.html").read_text()
+    assert "oracle" in told("evaluate", "--run", run, "--labels", vectors / "labels.csv", "--draws", 2)
 
 
-def test_what_is_not_possible(vectors, bases, tmp_path):
+def test_what_is_not_possible(vectors, two_cpus, tmp_path):
     words = ("select", "--embeddings", vectors / "x.npy", "--run", tmp_path / "run", "--budget", 5)
     said = line_of(ask(*words, "--method", "probcover"), 2)
     assert "add --set density.keep_neighbors=true" in said
