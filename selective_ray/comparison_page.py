@@ -191,7 +191,6 @@ def _others(found: Compared) -> str:
 
 
 def _how(found: Compared) -> str:
-    plan = found.plan
     part = (
         "all that have a label" if found.compared == found.labeled else "drawn from those that have a label"
     )

@@ -287,8 +287,6 @@ def told(*words):
 def vectors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vectors")
     x = blobs(9, n=300, d=8, centers=15)
-    # Copies, in different shards.
-    x[250:260] = x[20:30]
     np.save(folder / "x.npy", x)
     lines = ["image_id,label", *(f"{i},{'abcde'[i % 5]}" for i in range(300))]
     (folder / "labels.csv").write_text("\n".join(lines))
