@@ -55,6 +55,15 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """A share as a method has it at some budgets, each for some seeds [s]."""
+
+    name: str
+    budgets: list[int]
+    values: list[np.ndarray]
+
+
+@dataclass(frozen=True)
 class Scatter:
     """Positions on the two main axes: a sample of rows [s, 2] and of picks [p, 2], which are `which` [p]."""
 
@@ -241,6 +250,45 @@ def timeline(series: dict[str, tuple[list[float], list[float]]], *, shares: bool
         " ".join(
             f'<span class="key {kind}"></span>{name}' for kind, name in zip(kinds, series, strict=False)
         ),
+    )
+
+
+def rivalry(rival: Rival, budgets: list[int], random: list[np.ndarray]) -> str:
+    """Draw a share over the budget: the mean and every seed of a method, and random picks as a band."""
+    height = 230
+    base = height - BOTTOM
+    x = _axis(budgets[0], max(budgets[-1], budgets[0] * 2), True)
+    every = 100 * np.concatenate([*rival.values, *random])
+    low, high = max(0.0, float(every.min()) - 1), min(100.0, float(every.max()) + 1)
+
+    def y(share: float) -> float:
+        return base - (base - TOP) * (100 * share - low) / ((high - low) or 1.0)
+
+    def points(at: list[int], shares: list[float]) -> list[str]:
+        return [f"{x(budget):.1f} {y(share):.1f}" for budget, share in zip(at, shares, strict=True)]
+
+    least, most, mean = ([float(f(some)) for some in random] for f in (np.min, np.max, np.mean))
+    ours = points(rival.budgets, [float(some.mean()) for some in rival.values])
+    marks = "".join(
+        f'<circle cx="{x(budget):.1f}" cy="{y(float(value)):.1f}" r="2.5"/>'
+        for budget, some in zip(rival.budgets, rival.values, strict=True)
+        for value in some
+    )
+    drawing = (
+        f'<path class="band" d="M{"L".join(points(budgets, least) + points(budgets, most)[::-1])}Z"/>'
+        f'<path class="random" d="M{"L".join(points(budgets, mean))}"/>'
+        f'<path class="line" d="M{"L".join(ours)}"/><g class="marks">{marks}</g>'
+    )
+    levels = [tick for tick in _ticks(low, high, 4) if low <= tick <= high]
+    return _chart(
+        height,
+        x,
+        [float(budget) for budget in budgets],
+        "labels",
+        [(y(level / 100), f"{level:g}%") for level in levels],
+        drawing,
+        '<span class="key random"></span>random: mean, lowest and highest '
+        f'<span class="key line"></span>{rival.name}: mean and seeds',
     )
 
 

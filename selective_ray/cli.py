@@ -40,6 +40,7 @@ from selective_ray.cli_options import (
     Since,
     answer,
     existing,
+    numbers,
     sentences,
     share,
 )
@@ -78,14 +79,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _numbers(text: str) -> list[int]:
-    """Read whole numbers with commas between them."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--budgets {text!r} are no whole numbers; give them as 1000,5000") from None
 
 
 def _lines(summary: dict[str, Any], complete: list[str], seconds: float) -> Iterator[str]:
@@ -162,7 +155,7 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
                 assignments=assignments,
                 options={
                     "selection.budget": budget,
-                    "selection.budgets": None if budgets is None else _numbers(budgets),
+                    "selection.budgets": None if budgets is None else numbers(budgets),
                     "selection.labeled": labeled,
                     "selection.method": method,
                     "selection.keep_utilities": keep_utilities or None,
@@ -249,6 +242,7 @@ for _name, _command in (
     ("train", cli_labels.train),
     ("predict", cli_labels.predict),
     ("evaluate", cli_labels.evaluate),
+    ("compare", cli_labels.compare),
 ):
     app.command(_name)(_command)
 

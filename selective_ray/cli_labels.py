@@ -20,6 +20,7 @@ from selective_ray.cli_options import (
     Set,
     answer,
     existing,
+    numbers,
     sentences,
     share,
 )
@@ -277,3 +278,44 @@ def evaluate(
         wheres = [existing(run, endpoint_url) for run in runs]
         found = judging.evaluate(wheres, judging.How(labels, draws, sample, seed), reporter)
         answer({"judged": standings.as_json(found)}, standings.lines(found), as_json, reporter)
+
+
+def compare(
+    run: Annotated[str, typer.Option("--run", help="A run with embeddings.")],
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Increasing budgets to compare at, as 40,100,400.")
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            help="True labels to judge by: a file (CSV, JSONL, …), or `folders`: their names. Default: those "
+            "that were brought into the run.",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods", help="Methods with commas between them, besides random and usl (default: all)."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds: 0, 1, …", min=1)] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds in which active learning buys its labels.", min=1)] = 5,
+    sample: Annotated[int, typer.Option(help="Compare on so many labeled images at most.", min=100)] = 50_000,
+    assignments: Set = None,
+    endpoint_url: EndpointUrl = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare ways to select on the embeddings of a run, by true labels: how much better than random?"""
+    with sentences(debug, as_json):
+        from selective_ray import comparing, comparison
+
+        reporter = Reporter(quiet=as_json)
+        names = comparison.METHODS if methods is None else tuple(word.strip() for word in methods.split(","))
+        plan = comparison.Plan(
+            *(labels, names, tuple(numbers(budgets)), seeds, rounds, sample),
+            set=tuple(assignments or ()),
+        )
+        found = comparing.compare(existing(run, endpoint_url), plan, reporter)
+        answer(comparison.as_json(found), comparison.lines(found), as_json, reporter)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from selective_ray.config import METHOD_KEYS
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import Access
 from selective_ray.presets import PRESETS
@@ -67,7 +68,7 @@ Labeled = Annotated[
     ),
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help="How to select: usl (default), prototypes or k-medoid.")
+    str | None, typer.Option("--method", help=f"How to select: {', '.join(METHOD_KEYS)} (default usl).")
 ]
 KeepUtilities = Annotated[
     bool, typer.Option("--keep-utilities", help="Write the utility of every image to utilities/.")
@@ -126,6 +127,14 @@ def share(text: str) -> float:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise UsageError(f"--max-rejected {text!r} is no share; give it as 1% or 0.01") from None
+
+
+def numbers(text: str) -> list[int]:
+    """Read budgets: whole numbers with commas between them."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--budgets {text!r} are no whole numbers; give them as 1000,5000") from None
 
 
 def existing(run: str, endpoint_url: str | None) -> Run:

@@ -103,15 +103,53 @@ USL_ONLY = (
 )
 
 
+# The keys that each method takes, besides what all do: the budget, and the images that have labels.
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    "usl": USL_ONLY,
+    "prototypes": ("passes",),
+    "k-medoid": ("passes",),
+    "typiclust": (),
+    # Its own section, `usl_t`.
+    "usl-t": (),
+    "probcover": ("radius",),
+    "max-herding": ("radius",),
+    "rdss": ("radius", "features"),
+    "k-center": (),
+    "random": (),
+    "stratified": ("labels",),
+}
+# They take the neighbors of every image.
+OF_NEIGHBORS = ("probcover", "max-herding")
+
+
 class Selection(Section):
     """Which images are selected: by USL the densest of each cluster, regularized."""
 
     # "k-medoid": the image nearest to the centroid of each cluster. "prototypes": these, improved by swaps
-    # that lower the squared distance of all images to their nearest pick.
-    # "usl-t": one of each cluster that is trained in place of computed.
-    method: Literal["usl", "k-medoid", "prototypes", "usl-t"] = "usl"
+    # that lower the squared distance of all images to their nearest pick. "usl-t": one of each cluster, which
+    # is trained in place of computed. The others are baselines, each in a file of its own.
+    method: Literal[
+        "usl",
+        "prototypes",
+        "k-medoid",
+        "usl-t",
+        "typiclust",
+        "probcover",
+        "max-herding",
+        "rdss",
+        "k-center",
+        "random",
+        "stratified",
+    ] = "usl"
     # Passes of swaps at most.
     passes: int = Field(8, ge=1)
+    # Of probcover: how far a pick covers; of max-herding and rdss: the width of the kernel. None: for rdss 1,
+    # as published; for the others the root of the median of `density/`, so that it fits any n, d and k.
+    radius: float | None = Field(None, gt=0, le=2)
+    # Random features that estimate the kernel of rdss: its error falls with their root.
+    features: int = Field(1024, ge=2, multiple_of=2)
+    # Labels of all or many images, a file or `folders`: for stratified only, an oracle.
+    labels: str | None = None
 
     budget: int | None = Field(None, ge=1)
     # Budgets that contain each other, ascending, in place of one.
@@ -495,6 +533,13 @@ def _validate(flat: dict[str, Any]) -> Config:
         raise UsageError(
             f"pretrain.queue = {config.pretrain.queue:,} must hold the keys of a step, pretrain.batch = "
             f"{config.pretrain.batch:,}; raise the one or lower the other"
+        )
+    if (config.selection.labels is not None) != (config.selection.method == "stratified"):
+        raise UsageError(
+            "selection.method = stratified is an oracle that knows labels: give it those of all or many "
+            "images with --set selection.labels=FILE, or folders"
+            if config.selection.labels is None
+            else "selection.labels goes with the method stratified: all others select without labels"
         )
     if config.density.k == 1 and config.density.include_self:
         raise UsageError(

@@ -137,10 +137,31 @@ def standard(x: np.ndarray) -> np.ndarray:
     return centered / np.float32(max(np.sqrt(sq_dist), 1e-6))
 
 
-def linear_probe(picked: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Tell the labels of rows [n, d] by logistic regression on the picks [m, d]: int64 [n].
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier: classes int64 [c] ascending, weights float32 [d, c], intercepts float64 [c]."""
 
-    Both in `standard` units, so that one penalty means the same for every encoder. Multinomial, with an
+    classes: np.ndarray
+    weights: np.ndarray
+    intercepts: np.ndarray
+
+    def scores(self, z: np.ndarray) -> np.ndarray:
+        """Return the logits of rows [n, d], float [n, c]."""
+        return z @ self.weights + self.intercepts
+
+
+def linear_probe(picked: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Tell the labels of rows [n, d] by `fit_probe` on the picks [m, d]: int64 [n]."""
+    probe = fit_probe(picked, labels)
+    parts = blocks(len(asked), len(probe.classes))
+    best = [probe.scores(asked[part]).argmax(axis=1) for part in parts]
+    return probe.classes[np.concatenate([np.empty(0, np.int64), *best])]
+
+
+def fit_probe(picked: np.ndarray, labels: np.ndarray) -> Probe:
+    """Fit logistic regression to picks [m, d] and their labels int64 [m].
+
+    In `standard` units, so that one penalty means the same for every encoder. Multinomial, with an
     intercept and an L2 penalty: weights W and intercepts b minimize
 
         mean over the picks of cross-entropy(softmax(W z + b), label) + PENALTY / 2 * sum of squares of W
@@ -150,7 +171,7 @@ def linear_probe(picked: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> n
     """
     classes, target = np.unique(labels, return_inverse=True)
     if len(classes) == 1:
-        return np.full(len(asked), classes[0])
+        return Probe(classes, np.zeros((picked.shape[1], 1), np.float32), np.zeros(1))
     z = picked.astype(np.float64)
     few = len(z) < z.shape[1]
     if few:
@@ -173,9 +194,7 @@ def linear_probe(picked: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> n
     best = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options).x
     weights, intercepts = np.split(best.reshape(shape), [-1], axis=1)
     weights = basis @ weights.T if few else weights.T
-    weights, intercepts = weights.astype(np.float32), intercepts.ravel()
-    parts = blocks(len(asked), len(classes))
-    return classes[np.concatenate([(asked[part] @ weights + intercepts).argmax(axis=1) for part in parts])]
+    return Probe(classes, weights.astype(np.float32), intercepts.ravel())
 
 
 # Label propagation

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from selective_ray import config as configuration
-from selective_ray import density, embeddings, kmeans, prototypes, selection, starts, two_level
+from selective_ray import (
+    density,
+    embeddings,
+    greedy,
+    kmeans,
+    methods,
+    prototypes,
+    random_picks,
+    rdss,
+    selection,
+    starts,
+    stratified,
+    two_level,
+    typiclust,
+)
 from selective_ray.distances import sq_dists_direct
-from selective_ray.errors import UserError
+from selective_ray.errors import UsageError, UserError
 from selective_ray.neighbors import neighbors
 from selective_ray.repulsion import PickedVectors, repulsion_unit
-from selective_ray.schema import Partial, Picks
-
-
-def _sq_dists(x: np.ndarray, k: int, settings: configuration.Density) -> np.ndarray:
-    """Measure every row against all, float32 [n]."""
-    needed = density.neighbors_needed(k, settings.include_self)
-    rows, inverse = x, slice(None)
-    if settings.duplicates == "collapse":
-        rows, inverse = np.unique(x, axis=0, return_inverse=True)
-    if needed > len(rows):
-        raise density.too_few_distinct(k, len(rows) - (not settings.include_self))
-    found = neighbors(rows, [(np.arange(len(rows)), rows)], needed)
-    return density.sq_dists_of(found, k=k, estimator=settings.estimator)[inverse]
+from selective_ray.schema import Neighbors, Partial, Picks
 
 
 class _Clusters:
@@ -106,12 +110,14 @@ def select(
     preset: str | None = None,
     seed: int | None = None,
     settings: dict[str, Any] | None = None,
+    labels: Sequence[Any] | None = None,
 ) -> Selected:
     """Pick `budget` of the rows of x that are most worth labeling.
 
     x is an array [n, d] of numbers, one row an image; rows are made unit length. settings are the keys of
-    the configuration, as in {"selection.weight": 1.0}. Gives the same picks as the command on the same
-    embeddings. Raises UserError where the data do not allow it, UsageError for unknown keys and values.
+    the configuration, as in {"selection.weight": 1.0}. labels, one a row, are for the method stratified, an
+    oracle. Gives the same picks as the command on the same embeddings. Raises UserError where the data do
+    not allow it, UsageError for unknown keys and values.
     """
     x = np.asarray(x)
     embeddings.check_shape(x.shape, x.dtype, "the array")
@@ -122,84 +128,162 @@ def select(
         options={
             **(settings or {}),
             **({} if seed is None else {"seed": seed}),
+            **({} if labels is None else {"selection.labels": "labels="}),
             "selection.budget": budget,
         },
         own_embeddings=True,
     )
-    n = len(x)
-    if budget > n:
-        raise UserError(f"budget {budget} exceeds the {n} embeddings; lower it to {n} or fewer")
-    k, warning = density.possible_k(config.density.k, n, config.density.include_self, "density.k" in asked)
+    if budget > len(x):
+        raise UserError(f"budget {budget} exceeds the {len(x)} embeddings; lower it to {len(x)} or fewer")
+    k, warning = density.possible_k(
+        config.density.k, len(x), config.density.include_self, "density.k" in asked
+    )
     if warning:
         warnings.warn(warning, stacklevel=2)
-    ids = np.arange(n)
-    sq_dists = _sq_dists(x, k, config.density)
-
-    clusters = _Clusters(x, config)
-    clustering = clusters.run(budget)
-    labels = clusters.rows.labels(clustering.assigned_by)
-
-    if config.selection.method != "usl":
-        return _prototypes(x, sq_dists, labels, clustering.centroids, config)
-    scaled = config.selection.scale == "median"
-    unit = density.median(lambda high: density.half_counts(sq_dists, high)) if scaled else 1.0
-    parameters = config.selection.repulsion()
-    candidates = selection.Candidates(
-        x,
-        ids,
-        labels,
-        density.relative(sq_dists, unit=unit, floor=config.density.floor),
-        momentum=config.selection.momentum,
-        parameters=parameters,
-    )
-    picks: Picks = selection.rounds(
-        candidates.nominate,
-        lambda picks: PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids]),
-        candidates.repel,
-        n_rounds=config.selection.rounds,
-        weight=config.selection.weight,
-        unit=(lambda picked: repulsion_unit(picked, parameters)) if scaled else (lambda picked: 1.0),
-    )
-    return Selected(
-        picks.image_ids,
-        picks.cluster_ids,
-        sq_dists[picks.image_ids],
-        candidates.exact_repulsion(picks.image_ids),
-        picks.utilities,
-        labels,
-        sq_dists,
-        clustering.centroids,
-    )
+    codes = None if labels is None else np.unique(np.asarray(labels), return_inverse=True)[1]
+    if codes is not None and codes.shape != (len(x),):
+        raise UsageError(f"labels= is of shape {codes.shape}, and there are {len(x)} rows: give one for each")
+    return Rows(x, config.density, k).select(config, budget, codes)
 
 
-def _prototypes(
-    x: np.ndarray,
-    sq_dists: np.ndarray,
-    labels: np.ndarray,
-    centroids: np.ndarray,
-    config: configuration.Config,
-) -> Selected:
-    ids, n = np.arange(len(x)), len(x)
-    to_centroids = sq_dists_direct(x, ids, centroids, labels).astype(np.float32)
-    start = Picks.none().merge(Picks(labels, ids, -to_centroids.astype(np.float64)))
-    rows = prototypes.Represented(x, ids, sq_dists, n)
-    state = prototypes.improve(
-        prototypes.Medoids(start.image_ids, x[start.image_ids], 0),
-        *(rows.represent, rows.propose, rows.gains),
-        n=n,
-        seed=config.seed,
-        passes=config.selection.passes if config.selection.method == "prototypes" else 0,
-    )
-    picks, counts = state.medoids.image_ids, state.costs.counts
-    order = np.lexsort((picks, labels[picks]))
-    picks = picks[order]
-    return Selected(
-        picks,
-        labels[picks],
-        sq_dists[picks],
-        np.zeros(len(picks)),
-        counts[order] / n,
-        labels,
-        sq_dists,
-        centroids,
-    )
+class Rows:
+    """Rows to select from, x float32 [n, d] of unit length, with their neighbors; k of them tell the density.
+
+    They are found once, and the clusters of one budget and seed are kept for the next method. image_ids
+    int64 [n] ascending, where they are not the numbers of the rows.
+    """
+
+    def __init__(
+        self, x: np.ndarray, settings: configuration.Density, k: int, image_ids: np.ndarray | None = None
+    ) -> None:
+        self.x, self.settings, self.k = x, settings, k
+        self.ids = np.arange(len(x))
+        self.image_ids = self.ids if image_ids is None else image_ids
+        self.clustered: tuple[object, np.ndarray, np.ndarray] | None = None
+        needed = density.neighbors_needed(k, settings.include_self)
+        rows, inverse = x, slice(None)
+        if settings.duplicates == "collapse":
+            rows, inverse = np.unique(x, axis=0, return_inverse=True)
+        if needed > len(rows):
+            raise density.too_few_distinct(k, len(rows) - (not settings.include_self))
+        found = neighbors(rows, [(np.arange(len(rows)), rows)], needed)
+        self.sq_dists = density.sq_dists_of(found, k=k, estimator=settings.estimator)[inverse]
+        self.found = found if rows is x else None
+
+    @cached_property
+    def neighbors(self) -> Neighbors:
+        """The k nearest rows of every row, as the density stage keeps them."""
+        found = self.found
+        if found is None:
+            needed = density.neighbors_needed(self.k, self.settings.include_self)
+            found = neighbors(self.x, [(self.ids, self.x)], needed)
+        return found if self.settings.include_self else found.without(self.ids)
+
+    def clusters(self, config: configuration.Config, budget: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the clusters of the rows int32 [n], and the centroids float32 [budget, d]."""
+        key = config.cluster, config.seed, budget
+        if self.clustered is None or self.clustered[0] != key:
+            clusters = _Clusters(self.x, config)
+            clustering = clusters.run(budget)
+            self.clustered = key, clusters.rows.labels(clustering.assigned_by), clustering.centroids
+        return self.clustered[1:]
+
+    def select(self, config: configuration.Config, budget: int, labels: np.ndarray | None = None) -> Selected:
+        """Select as the configuration says; labels int64 [n], -1 where not known, for an oracle only."""
+        clusters, centroids = self.clusters(config, budget)
+        picks, repulsions, utilities = self.picks(config, budget, labels)
+        order = np.lexsort((picks, clusters[picks]))
+        picks = picks[order]
+        return Selected(
+            picks,
+            clusters[picks],
+            self.sq_dists[picks],
+            repulsions[order],
+            utilities[order],
+            clusters,
+            self.sq_dists,
+            centroids,
+        )
+
+    def picks(
+        self, config: configuration.Config, budget: int, labels: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return picked rows int64, repulsions and utilities float64, all [budget], in any order."""
+        method, seed = config.selection.method, config.seed
+        if method == "usl":
+            return self._usl(config, budget)
+        if method == "usl-t":
+            raise UsageError("clusters of usl-t are trained on images: run `selective-ray select --images`")
+        nothing, utilities = np.empty(0, np.int64), np.zeros(budget)
+        if method in ("k-medoid", "prototypes"):
+            picks, utilities = self._prototypes(config, budget)
+        elif method == "typiclust":
+            found = typiclust.picks(self.x, self.ids, self.clusters(config, budget)[0])
+            picks, utilities = found.image_ids, found.utilities
+        elif method in methods.GREEDY:
+            picks, utilities = self._greedy(config, budget)
+        elif method == "random":
+            picks = random_picks.draw(self.ids, self.ids, budget, seed, nothing).image_ids
+        elif labels is not None:
+            picks = stratified.picks(self.ids, labels, budget, seed, nothing)
+        else:
+            raise UsageError("the method stratified is an oracle: it takes labels=, one for each row")
+        return picks, np.zeros(budget), utilities
+
+    def _usl(self, config: configuration.Config, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        settings, x, clusters = config.selection, self.x, self.clusters(config, budget)[0]
+        scaled = settings.scale == "median"
+        unit = self._median() if scaled else 1.0
+        parameters = settings.repulsion()
+        candidates = selection.Candidates(
+            x,
+            self.ids,
+            clusters,
+            density.relative(self.sq_dists, unit=unit, floor=config.density.floor),
+            momentum=settings.momentum,
+            parameters=parameters,
+        )
+        picks: Picks = selection.rounds(
+            candidates.nominate,
+            lambda picks: PickedVectors(picks.cluster_ids, picks.image_ids, x[picks.image_ids]),
+            candidates.repel,
+            n_rounds=settings.rounds,
+            weight=settings.weight,
+            unit=(lambda picked: repulsion_unit(picked, parameters)) if scaled else (lambda picked: 1.0),
+        )
+        return picks.image_ids, candidates.exact_repulsion(picks.image_ids), picks.utilities
+
+    def _prototypes(self, config: configuration.Config, budget: int) -> tuple[np.ndarray, np.ndarray]:
+        x, ids, n = self.x, self.ids, len(self.x)
+        clusters, centroids = self.clusters(config, budget)
+        to_centroids = sq_dists_direct(x, ids, centroids, clusters).astype(np.float32)
+        start = Picks.none().merge(Picks(clusters, ids, -to_centroids.astype(np.float64)))
+        rows = prototypes.Represented(x, self.image_ids, self.sq_dists, n)
+        state = prototypes.improve(
+            prototypes.Medoids(self.image_ids[start.image_ids], x[start.image_ids], 0),
+            *(rows.represent, rows.propose, rows.gains),
+            n=n,
+            seed=config.seed,
+            passes=config.selection.passes if config.selection.method == "prototypes" else 0,
+        )
+        return np.searchsorted(self.image_ids, state.medoids.image_ids), state.costs.counts / n
+
+    def _greedy(self, config: configuration.Config, budget: int) -> tuple[np.ndarray, np.ndarray]:
+        settings, x, n = config.selection, self.x, len(self.x)
+        floor = config.density.floor
+        radius = methods.radius_of(settings.method, settings.radius, self._median, floor)
+        terms = methods.Terms(settings.method, budget, config.seed, radius, settings.features)
+        if settings.method == "rdss":
+            sums = terms.random_features(x.shape[1]).sums(x, n)
+            terms = replace(terms, mean=rdss.mean_of(sums, n))
+        lists = []
+        if settings.method in configuration.OF_NEIGHBORS:
+            near = self.neighbors
+            lists = [(self.ids, near.image_ids, near.sq_dists.astype(np.float32))]
+        met = greedy.Met(methods.rows_of(terms, x, self.ids, lists))
+        picks = greedy.picks(met.best, [], budget)
+        utilities = [methods.shown(settings.method, one.utility) for one in picks]
+        return np.array([one.image_id for one in picks]), np.array(utilities)
+
+    def _median(self) -> float:
+        return density.median(lambda high: density.half_counts(self.sq_dists, high))

@@ -45,6 +45,7 @@ class Selection:
     seed: int
     kind: str
     image_ids: np.ndarray
+    method: str = "usl"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _selections(run: Run) -> list[Selection]:
                 seed=clusters.what.get("seed", 0) if clusters else 0,
                 kind=json.dumps(made, sort_keys=True),
                 image_ids=np.sort(pa.concat_tables(shards)["image_id"].to_numpy()),
+                method=manifest.what.get("selection", {}).get("method", "usl"),
             )
         )
     return found
@@ -175,7 +177,7 @@ def _judge(selections: list[Selection], how: How, reporter: Reporter) -> Judged:
     sq_radius = _sq_radius(runs)
     asked = {one.fingerprint: _asked(one, true, telling, reporter) for one in selections}
     reporter.say(f"evaluate: reading {size + len(others) + len(picked):,} of {n:,} embeddings")
-    image_ids, x, sampled = _rows(run, positions, np.union1d(picked, others))
+    image_ids, x, sampled = read_rows(run, positions, np.union1d(picked, others))
     labels = true.of(run, image_ids)
     judged = np.zeros(len(x), bool)
     if telling:
@@ -231,7 +233,9 @@ def _asked(selection: Selection, true: Truth, telling: bool, reporter: Reporter)
     return known
 
 
-def _rows(run: Run, positions: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_rows(
+    run: Run, positions: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read some embeddings, shard by shard: those at the positions among all, and those of wanted image ids.
 
     Both ascending. Returns image_ids int64 [h] ascending, x float32 [h, d], and which are at the positions.

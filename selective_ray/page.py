@@ -36,6 +36,35 @@ ROWS_SHOWN = 150
 UNFOLDED = 60
 
 
+# How images are chosen by methods that do not take one of each cluster.
+METHODS = {
+    "random": "They were drawn at random.",
+    "stratified": "They were drawn at random, as many of every class as could be. This is an oracle: it was "
+    "told the labels of the images it chose from, and serves only to compare others with.",
+    "k-center": "One after the other, each was the image least like any chosen before it.",
+    "rdss": "One after the other, each was the image most like all others and least like those chosen before "
+    "it.",
+    "probcover": "One after the other, each was the image that most others resemble to which none chosen "
+    "before is near.",
+    "max-herding": "One after the other, each was the image that brought most others nearer to a chosen one.",
+}
+# What their utility is, and that of the methods that do.
+UTILITIES = {
+    "usl": "what was maximized: density less weighted repulsion",
+    "k-medoid": "the share of all images to which no other pick is nearer",
+    "prototypes": "the share of all images to which no other pick is nearer",
+    "usl-t": "how sure the trained heads are of its cluster or, where the densest is picked, its squared "
+    "distance to its neighbors, negative",
+    "typiclust": "one over the mean squared distance to the nearest images of its cluster",
+    "k-center": "the squared distance to the nearest pick before it, of the first the largest there is",
+    "rdss": "its mean likeness to all images less that to the picks before it",
+    "probcover": "how many images it covered that no pick before it did",
+    "max-herding": "by how much it raised the likeness of all images to a pick",
+    "random": "0",
+    "stratified": "0",
+}
+
+
 @dataclass(frozen=True)
 class Picks:
     """The selection with the size of each pick's cluster and its density; all of length m."""
@@ -192,8 +221,9 @@ def _summary(facts: Facts) -> str:
         "k-medoid": "the image in its middle",
         "prototypes": "the image in its middle; then images were swapped for others wherever all images "
         "together then look more like one that was chosen",
+        "typiclust": "the image that is nearest to the others of its group",
     }
-    how = (
+    how = METHODS.get(method) or (
         f"The images were sorted by what they show into {_amount(groups, 'group')}, and {giving} gave "
         f"{given[method]}."
     )
@@ -467,8 +497,9 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 def _grid(facts: Facts, pictures: dict[int, Picture]) -> str:
     m = len(facts.picks.image_ids)
+    method = facts.setting("selection", "method", "usl")
     words = (
-        "Largest cluster first; every image stands for its cluster."
+        "Largest cluster first" + ("." if method in METHODS else "; every image stands for its cluster.")
         if len(pictures) == m
         else f"{len(pictures):,} of the {m:,} picks, largest cluster first: those of the largest and the "
         "smallest clusters, and a seeded sample of the others. All are in the table of the selection."
@@ -476,12 +507,9 @@ def _grid(facts: Facts, pictures: dict[int, Picture]) -> str:
     figures = [_figure(facts.picks, pick, picture) for pick, picture in pictures.items()]
     few = " few" if len(figures) <= 12 else ""
     units = ", both in units of what is usual here" if facts.setting("selection", "scale") == "median" else ""
-    meant = (
-        "repulsion how close the picks of other clusters are, and utility is what was maximized: density "
-        f"less weighted repulsion{units}"
-        if facts.setting("selection", "method", "usl") == "usl"
-        else "and utility is the share of all images to which no other pick is nearer"
-    )
+    meant = f"and utility is {UTILITIES[method]}"
+    if method == "usl":
+        meant = f"repulsion how close the picks of other clusters are, {meant}{units}"
     rest = figures[UNFOLDED:]
     folded = f"""<details><summary>Show the other {len(rest):,}, down to the smallest cluster</summary>
 <div class="grid">

@@ -24,6 +24,7 @@ import numpy as np
 from selective_ray.distances import blocks, flat_nonzero, product_error, sq_dists_direct
 from selective_ray.kmeans import fixed_point_bits
 from selective_ray.neighbors import neighbors
+from selective_ray.random_picks import hashed
 
 # Candidates for each pick in a pass: so many nearest to the mean, and the densest and a drawn one besides.
 NEAREST = 3
@@ -141,7 +142,7 @@ class Represented:
         keys = (
             sq_dists_direct(self.x, rows, means, place),
             self.sq_dists[rows].astype(np.float64),
-            _hashed(ids, draw).astype(np.float64),
+            hashed(ids, draw).astype(np.float64),
         )
         kinds = []
         for kind, key in enumerate(keys):
@@ -185,14 +186,6 @@ class Represented:
 
     def _fixed(self, sq_dists: np.ndarray) -> np.ndarray:
         return np.rint(sq_dists * self.scale).astype(np.int64)
-
-
-def _hashed(image_ids: np.ndarray, draw: int) -> np.ndarray:
-    """Return numbers that look random, uint64 [n], of image ids and a seed (SplitMix64)."""
-    x = image_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(draw)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,18 @@ EVALUATION = pa.schema(
         ("value", pa.float64()),
     ]
 )
+# What methods of selection reach beside each other: a figure (`figures.FIGURES`, and the seconds that picking
+# took) of the picks of a method, of a budget and a seed. One that sees labels before it picks is an oracle.
+COMPARISON = pa.schema(
+    [
+        ("method", pa.string()),
+        ("sees_labels", pa.bool_()),
+        ("budget", pa.int64()),
+        ("seed", pa.int64()),
+        ("figure", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
 # What the trained network says, and the probability that it gives its answer.
 PREDICTIONS = pa.schema([("image_id", pa.int64()), ("label", pa.string()), ("confidence", pa.float32())])
 DENSITY = {

@@ -34,6 +34,7 @@ def as_json(found: Iterable[Judged]) -> list[dict[str, Any]]:
                         for s, counts in zip(group.selections, group.class_counts, strict=True)
                     ],
                     "budget": group.selections[0].budget,
+                    "method": group.selections[0].method,
                     "picks": {name: _numbers(group.picks, name) for name in _names(group.picks)},
                     "random": {name: _numbers(group.draws, name) for name in _names(group.draws)},
                     "difference": {
@@ -101,6 +102,7 @@ def _head(judged: Judged) -> Iterator[str]:
         yield (
             f"{letter or 'picks':<10} {first.run.uri}, budget {first.budget:,}, "
             f"{'seed' if len(group.selections) == 1 else 'seeds'} {seeds}"
+            + (", by an oracle that knows the labels" if first.method == "stratified" else "")
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from selective_ray.config import Config
 from selective_ray.store import Shard
+from selective_ray.truth import Truth
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Asked:
 
     clusters: the table they are clustered in; column: that of `density/`; fixed int64: image ids that have
     labels or are of a smaller budget, with fixed_clusters int32; sizes int64 [c] of all clusters; open int32:
-    the clusters that take part, None: all.
+    the clusters that take part, None: all. table: where the picks go; truth: the labels, for an oracle.
     """
 
     config: Config
@@ -29,6 +30,8 @@ class Asked:
     sizes: np.ndarray
     count: int
     open: np.ndarray | None
+    table: str
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)

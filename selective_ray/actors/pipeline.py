@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selective_ray import labeled, learned, listing, objects, report
+from selective_ray import label_files, labeled, labeling, learned, listing, objects, report, truth
 from selective_ray.actors import density, duplicates, embeddings, kmeans, selection, since, usl_t
 from selective_ray.actors.brought import bring_file, refer_to_run
 from selective_ray.actors.images import list_source
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
-from selective_ray.config import Config
+from selective_ray.config import OF_NEIGHBORS, Config
 from selective_ray.density import possible_k
-from selective_ray.errors import UserError
+from selective_ray.errors import UsageError, UserError
 from selective_ray.lease import FILE as LEASE
 from selective_ray.lease import Lease
 from selective_ray.objects import Access
@@ -51,6 +51,15 @@ def advance(
     access = config.resources.access()
     file = config.selection.labeled
     marked = labeled.read(file, access) if file and upto in ("clusters", "selection") else labeled.NONE
+    oracle = config.selection.labels if upto in ("clusters", "selection") else None
+    if oracle and oracle != truth.FOLDERS:
+        # Before any work: it may not be there, or say nothing.
+        label_files.parse(labeling.read_file(oracle, access), oracle)
+    if upto == "selection" and config.selection.method in OF_NEIGHBORS and not config.density.keep_neighbors:
+        raise UsageError(
+            f"{config.selection.method} takes the neighbors of every image, and they are not kept: add --set "
+            "density.keep_neighbors=true (where the run has densities already, with another --run)"
+        )
     earlier = _earlier_run(source, access)
     before = Run(source.since, access) if source.since else None
     if before:
@@ -81,7 +90,8 @@ def advance(
         steps: list[selection.Step] = []
         if upto in ("clusters", "selection"):
             _check_budget(config, len(marked), run.manifest("embeddings").rows, "embedded images")
-            steps = selection.steps(config, labeled.find(run, marked))
+            told = truth.read([run], oracle) if oracle else None
+            steps = selection.steps(config, labeled.find(run, marked), told)
             _check_extends(run, config, steps)
         pool = Pool(run, config.resources, session)
         # The neighbors of images are what their clusters are trained to agree with.

@@ -18,7 +18,7 @@ from selective_ray.schema import Picks
 UNITS = "passes"
 
 
-def expected(settings: Selection) -> int:
+def expected(settings: Selection, count: int) -> int:
     """Return how many passes there are at most."""
     return settings.passes if settings.method == "prototypes" else 1
 

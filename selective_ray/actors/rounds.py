@@ -21,7 +21,7 @@ from selective_ray.store import Shard
 UNITS = "rounds"
 
 
-def expected(settings: Selection) -> int:
+def expected(settings: Selection, count: int) -> int:
     """Return how many rounds there are."""
     return settings.rounds
 

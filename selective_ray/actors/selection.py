@@ -15,24 +15,37 @@ import pyarrow as pa
 import ray
 
 from selective_ray import selection
-from selective_ray.actors import prototypes, rounds, usl_t
+from selective_ray.actors import draws, greedy, prototypes, rounds, typiclust, usl_t
 from selective_ray.actors.picking import Asked, in_place
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import peak_memory
-from selective_ray.config import USL_ONLY, Config
+from selective_ray.config import METHOD_KEYS, Config
 from selective_ray.errors import UserError
+from selective_ray.methods import GREEDY
 from selective_ray.progress import Reporter
 from selective_ray.schema import selection_schema, sq_dist_column
 from selective_ray.store import Manifest, Run, Stopwatch, nested
+from selective_ray.truth import Truth
 
 CSV = "selection.csv"
+METHODS = {
+    "usl": rounds,
+    "prototypes": prototypes,
+    "k-medoid": prototypes,
+    "typiclust": typiclust,
+    "usl-t": usl_t,
+    "random": draws,
+    "stratified": draws,
+    **dict.fromkeys(GREEDY, greedy),
+}
 
 
 @dataclass(frozen=True)
 class Step:
     """One budget of those that contain each other: its tables, and what repels from the start.
 
-    labeled int64 are the image ids that have labels; smaller is the selection of the budget before, if any.
+    labeled int64 are the image ids that have labels; smaller is the selection of the budget before, if any;
+    truth: the labels of images, for an oracle.
     """
 
     budget: int
@@ -41,9 +54,10 @@ class Step:
     selection: str
     labeled: np.ndarray
     smaller: str | None
+    truth: Truth | None = None
 
 
-def steps(config: Config, labeled: np.ndarray) -> list[Step]:
+def steps(config: Config, labeled: np.ndarray, truth: Truth | None = None) -> list[Step]:
     """Return what is to be selected, smallest budget first; the last has the tables without a number."""
     made: list[Step] = []
     budgets = config.selection.every_budget()
@@ -52,7 +66,7 @@ def steps(config: Config, labeled: np.ndarray) -> list[Step]:
             stage if budget == budgets[-1] else nested(stage, budget)
             for stage in ("clusters", "utilities", "selection")
         )
-        made.append(Step(budget, *tables, labeled, made[-1].selection if made else None))
+        made.append(Step(budget, *tables, labeled, made[-1].selection if made else None, truth))
     return made
 
 
@@ -60,10 +74,12 @@ def what_of(config: Config, step: Step) -> dict[str, Any]:
     """Return what a selection depends on, as its manifest has it; of the labeled, their image ids."""
     method = config.selection.method
     # What other methods take is left out, so that runs from before there were any are continued.
-    without = {"budgets", "labeled"} | ({"method", "passes"} if method == "usl" else set(USL_ONLY))
-    settings = config.selection.model_dump(exclude=without) | {"budget": step.budget}
+    keys = {*METHOD_KEYS[method], *(() if method == "usl" else ("method",))}
+    settings = config.selection.model_dump(include=keys) | {"budget": step.budget}
+    if step.truth:
+        settings["labels"] = step.truth.digest
     if method == "usl-t":
-        settings |= {"pick": config.usl_t.pick}
+        settings["pick"] = config.usl_t.pick
     if len(step.labeled):
         settings["labeled"] = hashlib.sha256(step.labeled.astype("<i8").tobytes()).hexdigest()[:16]
     return {"selection": settings}
@@ -81,7 +97,8 @@ def select(
     """Pick one image of each open cluster into `selection/`, as Parquet and CSV, ordered by cluster.
 
     Images that are labeled, and those of a smaller budget, close their clusters and repel like picks; the
-    largest clusters that are open get what is left of the budget. The selection holds the smaller one.
+    largest clusters that are open get what is left of the budget. The selection holds the smaller one. Some
+    methods pick without clusters, which then say only where the picks lie.
     """
     inputs = {
         "density": run.manifest("density").fingerprint,
@@ -102,8 +119,8 @@ def select(
             "keeping the utility of every image compares every image with every pick in every round, "
             "and nothing is pruned"
         )
-    method = {"usl": rounds, "usl-t": usl_t}.get(settings.method, prototypes)
-    with reporter.stage("select", method.expected(settings), method.UNITS) as bar:
+    method = METHODS[settings.method]
+    with reporter.stage("select", method.expected(settings, count), method.UNITS) as bar:
         pool.start()
         fixed_clusters, sizes = _clusters(run, pool, step.clusters, fixed)
 
@@ -123,6 +140,8 @@ def select(
             sizes=sizes,
             count=count,
             open=selection.largest_open(sizes, fixed_clusters, count) if len(fixed) else None,
+            table=step.selection,
+            truth=step.truth,
         )
         started = time.monotonic()
         chosen = method.pick(pool, asked, watch)

@@ -15,7 +15,18 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import density, ivf, joining, kmeans, selection, starts, two_level
+from selective_ray import (
+    density,
+    ivf,
+    joining,
+    kmeans,
+    methods,
+    random_picks,
+    selection,
+    starts,
+    two_level,
+    typiclust,
+)
 from selective_ray.actors.joining import (
     Joined,
     Joining,
@@ -29,10 +40,13 @@ from selective_ray.actors.session import peak_memory
 from selective_ray.assignment import Assignment
 from selective_ray.distances import sq_dists_direct
 from selective_ray.errors import UserError
+from selective_ray.greedy import Met, Pick
 from selective_ray.heads import Trained, heads_table
 from selective_ray.joining import Block, Cells
+from selective_ray.methods import Terms
 from selective_ray.neighbors import Nearest
 from selective_ray.prototypes import Costs, Gains, Medoids, Proposals, Represented
+from selective_ray.random_picks import Drawn
 from selective_ray.repulsion import Repulsion
 from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
 from selective_ray.selection import Candidates
@@ -95,6 +109,8 @@ class ShardHolder:
         self.candidates: Candidates | None = None
         self.judged_by = ""
         self.represented: Represented | None = None
+        # The rows of a greedy method, and the table that they are picked for.
+        self.greedy: tuple[str, Met] | None = None
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -400,6 +416,54 @@ class ShardHolder:
         if self.represented is None:
             self.represented = Represented(self.x, self.image_ids, self._column("density", column), self.n)
         return self.represented
+
+    def draw(self, count: int, seed: int, without: np.ndarray) -> Drawn:
+        """Draw some of the rows held here."""
+        positions = np.arange(self.first_row, self.first_row + self.count)
+        return random_picks.draw(self.image_ids, positions, count, seed, without)
+
+    def feature_sums(self, terms: Terms) -> np.ndarray:
+        """Add up the random features of the rows held here."""
+        return terms.random_features(self.x.shape[1]).sums(self.x, self.n)
+
+    def picks_of(self, table: str, terms: Terms, image_ids: np.ndarray) -> list[Pick]:
+        """Return the images held here as picks of a greedy method."""
+        _, rows = selection.find(self.image_ids, image_ids)
+        return [self._greedy(table, terms).rows.pick_of(row) for row in rows.tolist()]
+
+    def greedy_best(self, table: str, terms: Terms, since: int, picked: list[Pick]) -> Pick | None:
+        """Let the rows held here meet picks, and return the best; None where they miss earlier ones."""
+        return self._greedy(table, terms).best(since, picked)
+
+    def _greedy(self, table: str, terms: Terms) -> Met:
+        if self.greedy is None or self.greedy[0] != table:
+            self.greedy = (
+                table,
+                Met(methods.rows_of(terms, self.x, self.image_ids, self._neighbors(), self.first_row)),
+            )
+        return self.greedy[1]
+
+    def _neighbors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Read the neighbors of all images, shard by shard: those held here may be neighbors of any."""
+        for shard in self.run.manifest("neighbors").shards:
+            content = self.run.read_shard("neighbors", shard.index).combine_chunks()
+            lists = (content[name].combine_chunks() for name in ("neighbors", "sq_dists"))
+            k = content.schema.field("neighbors").type.list_size
+            yield (
+                content["image_id"].to_numpy(),
+                *(part.flatten().to_numpy().reshape(-1, k) for part in lists),
+            )
+
+    @ray.method(concurrency_group="move")
+    def rows_of_clusters(self, table: str, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows held here of some clusters int32 ascending: x, image_ids, and their clusters."""
+        labels = self._column(table, "cluster_id")
+        rows = np.flatnonzero(np.isin(labels, clusters))
+        return self.x[rows], self.image_ids[rows], labels[rows]
+
+    def typical(self, *parts: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Picks:
+        """Pick the most typical row of each of some clusters, whose rows the holders sent."""
+        return typiclust.picks(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def _column(self, table: str, column: str) -> np.ndarray:
         """Read one column of a table for the rows held here; its ids are compared with theirs."""

@@ -274,7 +274,7 @@ def _write_clusters(run: Run, shard: int, rows: pa.Table, content: Open) -> tupl
 # Picking
 
 
-def expected(settings: Selection) -> int:
+def expected(settings: Selection, count: int) -> int:
     """Return how many rounds there are at least."""
     return 1
 
