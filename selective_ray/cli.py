@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selective_ray import __version__, cli_cluster, cli_labels, config
+from selective_ray import __version__, cli_cluster, cli_labels, cli_plan, config
 from selective_ray.cli_options import (
     Address,
     Budget,
@@ -40,6 +40,7 @@ from selective_ray.cli_options import (
     Since,
     answer,
     existing,
+    numbers,
     sentences,
     share,
 )
@@ -78,14 +79,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _numbers(text: str) -> list[int]:
-    """Read whole numbers with commas between them."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--budgets {text!r} are no whole numbers; give them as 1000,5000") from None
 
 
 def _lines(summary: dict[str, Any], complete: list[str], seconds: float) -> Iterator[str]:
@@ -162,7 +155,7 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
                 assignments=assignments,
                 options={
                     "selection.budget": budget,
-                    "selection.budgets": None if budgets is None else _numbers(budgets),
+                    "selection.budgets": None if budgets is None else numbers(budgets),
                     "selection.labeled": labeled,
                     "selection.method": method,
                     "selection.keep_utilities": keep_utilities or None,
@@ -255,6 +248,7 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )(cli_cluster.submit)
 app.command()(cli_cluster.check)
+app.command()(cli_plan.plan)
 
 
 @app.command()

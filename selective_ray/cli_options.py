@@ -128,6 +128,14 @@ def share(text: str) -> float:
         raise UsageError(f"--max-rejected {text!r} is no share; give it as 1% or 0.01") from None
 
 
+def numbers(text: str) -> list[int]:
+    """Read whole numbers with commas between them."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--budgets {text!r} are no whole numbers; give them as 1000,5000") from None
+
+
 def existing(run: str, endpoint_url: str | None) -> Run:
     """Return a run that is there; raises UserError where it is not."""
     where = Run(run, Access(endpoint_url))

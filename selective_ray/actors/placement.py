@@ -9,12 +9,7 @@ import ray
 from selective_ray.actors.session import cpus, gpus
 from selective_ray.config import Resources
 from selective_ray.errors import UserError
-from selective_ray.reading import AHEAD_BYTES
-
-# What a decoder takes besides the pixels that it passes on: its own libraries, and what it reads ahead.
-DECODE_MEMORY = 512 * 2**20 + AHEAD_BYTES
-# What a network and its activations take, where nothing else is asked for.
-ENCODE_MEMORY = 2 * 2**30
+from selective_ray.memory import decoder_bytes, encoder_bytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:
 
     A process that states nothing is started beside others until the machine has no memory left.
     """
-    encode = ENCODE_MEMORY if resources.memory is None else resources.memory * 2**30
+    encode, decode = encoder_bytes(resources.memory), decoder_bytes()
     there = 0.9 * ray.cluster_resources().get("memory", 0.0)
-    less = min(1.0, there / (encoders_ * encode + cpus() * DECODE_MEMORY))
-    return encode * less, DECODE_MEMORY * less
+    less = min(1.0, there / (encoders_ * encode + cpus() * decode))
+    return encode * less, decode * less
