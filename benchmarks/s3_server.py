@@ -5,7 +5,8 @@
 
 Serves one bucket: a folder, or any number of made-up images, whose keys, etags and pixels follow from their
 number, so that none is held in memory. Other buckets can be made and written to, and live in memory. Knows
-ListObjectsV2, HEAD, GET with Range and If-Match, PUT and DELETE; checks no signature. `s3_clients.py`
+ListObjectsV2, HEAD, GET with Range and If-Match, PUT with If-None-Match, and DELETE; checks no signature. On
+SIGUSR1 it prints how many objects of each bucket it has sent. `s3_clients.py`
 measures clients on it, and thereby its own limits.
 """
 
@@ -15,12 +16,15 @@ import argparse
 import asyncio
 import bisect
 import hashlib
+import json
 import os
 import re
+import signal
 import struct
 import sys
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import formatdate
@@ -297,8 +301,8 @@ def unchunked(body: bytes) -> bytes:
 class Connection(asyncio.Protocol):
     """One connection of a client: requests are answered one after the other, as they come."""
 
-    def __init__(self, buckets: dict[str, Bucket]) -> None:
-        self.buckets = buckets
+    def __init__(self, buckets: dict[str, Bucket], sent: Counter[str]) -> None:
+        self.buckets, self.sent = buckets, sent
         self.received = bytearray()
         self.sending: asyncio.Task | None = None
 
@@ -356,6 +360,7 @@ class Connection(asyncio.Protocol):
             self._write(200, f"Content-Type: application/xml\r\nContent-Length: {len(page)}\r\n", page)
         elif method in ("GET", "HEAD"):
             self._object(bucket, method, key, headers)
+            self.sent[name] += method == "GET"
         else:
             raise S3Error(501, "NotImplemented")
 
@@ -365,6 +370,8 @@ class Connection(asyncio.Protocol):
         if method == "DELETE":
             bucket.delete(key)
             return self._write(204, "")
+        if headers.get("if-none-match") == "*" and find(bucket, key) is not None:
+            raise S3Error(412, "PreconditionFailed")
         if "aws-chunked" in headers.get("content-encoding", ""):
             body = unchunked(body)
         self._write(200, f'ETag: "{bucket.put(key, body)}"\r\nContent-Length: 0\r\n')
@@ -428,7 +435,9 @@ class Connection(asyncio.Protocol):
 async def serve(port: int, buckets: dict[str, Bucket]) -> None:
     """Serve until cancelled; prints the endpoint once it answers."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Connection(buckets), "127.0.0.1", port, backlog=1024)
+    sent: Counter[str] = Counter()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: print(json.dumps(sent), flush=True))
+    server = await loop.create_server(lambda: Connection(buckets, sent), "127.0.0.1", port, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     async with server:
         await server.serve_forever()

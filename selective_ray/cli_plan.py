@@ -207,8 +207,8 @@ def _lines(made: list[planning.Planned], rates: planning.Rates, table: machines.
     if rates.embed_rows:
         yield (
             f"probe      {rates.decode_rows:,.0f} images/s decoded by a CPU, {rates.encode_rows:,.0f} "
-            f"embedded by an encoder, {rates.embed_rows:,.0f} by all of the {rates.cpus:g} CPUs; d = {rates.d}; "
-            f"{rates.rejected:.1%} rejected"
+            f"embedded by an encoder, {rates.embed_rows:,.0f} by all of the {rates.cpus:g} CPUs; "
+            f"d = {rates.d}; {rates.rejected:.1%} rejected"
         )
     for one in made:
         yield ""
