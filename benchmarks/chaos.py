@@ -5,8 +5,8 @@
 s3_server.py serves the images and keeps the runs. Two nodes of one CPU each and a head without work are a Ray
 cluster on this machine; the command is a process of its own, which is started again whenever it ends without
 being done. Every so many seconds a worker process, drawn by seed, is killed (SIGKILL), every sixth time a
-whole node, which another one replaces; twice the command itself. The picks and embeddings are then those of the
-undisturbed run, to the bit, and every image is embedded or rejected, once.
+whole node, which another one replaces; twice the command itself. The picks and embeddings are then those of
+the undisturbed run, to the bit, and every image is embedded or rejected, once.
 """
 
 from __future__ import annotations

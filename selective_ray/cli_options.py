@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -86,6 +86,10 @@ Checkpoint = Annotated[
 ]
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else a private instance).")
+]
+Log = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log", help="Progress and warnings on stderr as text, or a JSON object a line."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -12,6 +12,7 @@ from selective_ray.actors.brought import bring_file, refer_to_run
 from selective_ray.actors.images import list_source
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
+from selective_ray.actors.watching import watched
 from selective_ray.config import Config
 from selective_ray.density import possible_k
 from selective_ray.errors import UserError
@@ -59,8 +60,13 @@ def advance(
     # The lease lies in the run's folder: a machine that does not see it sees another folder.
     # A checkpoint that came with a job lies where each process of the job works; the others do not move.
     given = [path for path in (source.images, source.embeddings, source.since) if path and "://" not in path]
+    reporter.run = run.uri
     paths = [run.path(LEASE), config.embed.checkpoint, *(str(Path(path).absolute()) for path in given)]
-    with Lease(run, reporter.say) as lease, Session(address, paths) as session:
+    with (
+        Lease(run, reporter.say) as lease,
+        Session(address, paths) as session,
+        watched(run, reporter, config.resources),
+    ):
         if earlier:
             refer_to_run(run, earlier)
         elif source.embeddings:
