@@ -1,0 +1,105 @@
+"""What `selective-ray plan` predicts beside what the run then takes: probe and run back to back.
+
+    python benchmarks/plan.py --repeats 3 -- --images cifar10/ --budget 40 --encoder squeezenet1_1 \\
+        --checkpoint squeezenet1_1.pth --set embed.image_size=96
+    python benchmarks/plan.py --repeats 3 -- --embeddings x.npy --budget 1000
+    python benchmarks/plan.py --repeats 1 --generated 20000 -- --budget 100 --encoder pca
+
+The options after -- are those of `select`. --generated: so many small images of s3_server.py in place of
+--images. Printed are the seconds of each stage, the ratio of what was predicted to what it took, their medians
+over the repeats, and how far the predictions themselves lie apart, which is the noise of the probe and the
+machine. Stages of at least a minute count; the others are in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+TABLES = {
+    "list": "images",
+    "embed": "embeddings",
+    "density": "density",
+    "cluster": "clusters",
+    "select": "selection",
+}
+COUNTS_FROM = 60.0
+
+
+@contextmanager
+def generated(n: int | None):
+    """Serve so many made-up images, if any; yields the options that name them."""
+    if n is None:
+        yield []
+        return
+    script = Path(__file__).with_name("s3_server.py")
+    words = [sys.executable, str(script), "--port", "0", "--keys", str(n)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        os.environ |= {
+            "AWS_ACCESS_KEY_ID": "access",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": server.stdout.readline().strip(),
+        }
+        try:
+            yield ["--images", "s3://images"]
+        finally:
+            server.kill()
+
+
+def ask(*words: str) -> dict:
+    command = [sys.executable, "-m", "selective_ray", *words, "--json"]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode:
+        raise SystemExit(f"{words[0]}: {answer.stdout}")
+    return json.loads(answer.stdout)
+
+
+def once(options: list[str]) -> dict[str, tuple[float, float]]:
+    """Probe, then run; seconds of each stage as predicted, and as they were."""
+    with tempfile.TemporaryDirectory() as folder:
+        (planned,) = ask("plan", *options)["plans"]
+        took = ask("select", *options, "--run", f"{folder}/run")["seconds"]
+    predicted = {stage["name"]: stage["seconds"] for stage in planned["stages"]}
+    return {
+        name: (predicted[name], took[TABLES[name]])
+        for name in TABLES
+        if name in predicted and took.get(TABLES[name])
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--generated", type=int)
+    parser.add_argument("options", nargs="+", help="those of select, after --")
+    given = parser.parse_args()
+    seen: dict[str, list[tuple[float, float]]] = {}
+    with generated(given.generated) as images:
+        for repeat in range(given.repeats):
+            for name, (predicted, took) in once([*given.options, *images]).items():
+                seen.setdefault(name, []).append((predicted, took))
+                print(f"{repeat} {name:<9} predicted {predicted:8.1f} s, took {took:8.1f} s", flush=True)
+    print(f"{'stage':<10}{'predicted':>10}{'took':>8}{'ratio':>8}  ratios; spread of the predictions")
+    for name, pairs in seen.items():
+        predicted, took = (statistics.median(values) for values in zip(*pairs, strict=True))
+        ratios = [p / t for p, t in pairs]
+        spread = (max(p for p, _ in pairs) - min(p for p, _ in pairs)) / predicted
+        shown = f"{statistics.median(ratios):.2f}"
+        print(
+            f"{name:<10}{predicted:>10.1f}{took:>8.1f}{shown if took >= COUNTS_FROM else f'[{shown}]':>8}  "
+            f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}; {spread:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
