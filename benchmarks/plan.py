@@ -6,7 +6,7 @@
     python benchmarks/plan.py --repeats 1 --generated 20000 -- --budget 100 --encoder pca
 
 The options after -- are those of `select`. --generated: so many small images of s3_server.py in place of
---images. Printed are the seconds of each stage, the ratio of what was predicted to what it took, their medians
+--images. Printed are the seconds of each stage, the ratio of what was predicted to what it took, the medians
 over the repeats, and how far the predictions themselves lie apart, which is the noise of the probe and the
 machine. Stages of at least a minute count; the others are in brackets.
 """

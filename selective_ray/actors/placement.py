@@ -23,11 +23,15 @@ class Placement:
     device: str
     encode_memory: float
     decode_memory: float
-    # CPUs of the cluster for which this was chosen.
+    # CPUs of the cluster for which this was chosen; and whether it grows as it is asked to.
     cpus: float
+    grows: bool = False
 
     def fits(self) -> bool:
         """Whether the cluster, if it has shrunk since, still has CPUs for all encoders and one decoder."""
+        if self.grows:
+            # What is lost comes again.
+            return True
         needed = self.encoders * self.encode_cpus + self.decode_cpus
         return ray.cluster_resources().get("CPU", 0.0) >= min(needed, self.cpus) - 1e-6
 
@@ -41,10 +45,16 @@ def place(resources: Resources) -> Placement:
     """Choose encoders and their share of the cluster.
 
     On GPUs: one encoder each, and every CPU decodes. Without: encoders and decoders share the CPUs, half a
-    logical CPU each, and whichever is behind gets the time.
+    logical CPU each, and whichever is behind gets the time. With `autoscale` as many as were asked for, and
+    where none were one, whatever is there.
     """
     there = ray.cluster_resources().get("CPU", 0.0)
     per_worker = gpus_each(resources)
+    if resources.autoscale:
+        shares = (0.1, 1.0) if per_worker > 0 else (0.5, 0.5)
+        memory = encoder_bytes(resources.memory), decoder_bytes()
+        device = "cuda" if per_worker > 0 else "cpu"
+        return Placement(resources.workers or 1, *shares, per_worker, device, *memory, there, grows=True)
     if per_worker > 0:
         encoders_ = resources.workers or max(1, int(gpus() / per_worker))
         shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
@@ -60,7 +70,7 @@ def gpus_each(resources: Resources) -> float:
     per_worker = resources.gpus_per_worker
     if per_worker is None:
         return 1.0 if gpus() else 0.0
-    if gpus() < per_worker:
+    if gpus() < per_worker and not resources.autoscale:
         raise UserError(
             f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
         )
