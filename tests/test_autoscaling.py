@@ -1,4 +1,4 @@
-"""A real autoscaler, whose machines are processes here: a run asks for them, stage by stage, and lets them go."""
+"""A real autoscaler, whose machines are processes here: a run asks for them, and lets them go."""
 
 import json
 import os
