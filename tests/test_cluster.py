@@ -24,6 +24,7 @@ from test_cli import ask, line_of
 from selective_ray import in_memory
 from selective_ray.actors import fitness, interruption, submission
 from selective_ray.errors import UserError
+from selective_ray.lease import Lease
 from selective_ray.store import Run
 
 ROOT = Path(__file__).parents[1]
@@ -301,7 +302,7 @@ def test_a_command_is_submitted_followed_and_resumed(cluster, tmp_path):
 
 
 def test_two_jobs_at_once_do_not_disturb_each_other(cluster, tmp_path):
-    """Each has its own picks, those that it has alone; and of two for one run the second is refused."""
+    """Each has its own picks, those that it has alone."""
     rng = np.random.default_rng(1)
     runs = []
     for name in ("a", "b"):
@@ -321,18 +322,22 @@ def test_two_jobs_at_once_do_not_disturb_each_other(cluster, tmp_path):
         )
         for _, words, _ in runs
     ]
-    # The same run by another command, while the first one has it.
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "a" / "lease.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    said = submitted(cluster, *runs[0][1], "--seed", "0", status=1)
-    assert "in use by process" in said
     for process, (name, _, expected) in zip(both, runs, strict=True):
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out
         picks = Run(str(tmp_path / name)).read_shard("selection", 0)["image_id"].to_pylist()
         assert picks == expected
+
+
+def test_of_two_writers_of_a_run_the_second_is_refused(cluster, tmp_path):
+    np.save(tmp_path / "x.npy", unit(np.random.default_rng(1).normal(size=(300, 16))))
+    run = Run(str(tmp_path / "run"))
+    run.prepare()
+    with Lease(run):
+        words = ["select", "--embeddings", str(tmp_path / "x.npy"), "--budget", "25", "--run", run.uri]
+        said = submitted(cluster, *words, status=1)
+    assert f"in use by process {os.getpid()}" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "embeddings").exists()
 
 
 def test_without_the_token_no_one_gets_in(cluster, tmp_path):
