@@ -78,6 +78,9 @@ def plan(
         str | None,
         typer.Option("--probe", help="File that keeps what is measured; read again where it is there."),
     ] = None,
+    sample: Annotated[
+        int, typer.Option("--sample", min=64, help="How many images the probe embeds.")
+    ] = 2_048,
     scratch: Annotated[
         str | None,
         typer.Option(
@@ -117,7 +120,11 @@ def plan(
         fleets = machines.chosen([word for word in asked if word != "here"], head, kinds, table)
         reporter = Reporter(quiet=as_json)
         surveyed, n, rates, here = _probed(
-            *(probe, images, embeddings, settings, reporter), address=address, scratch=scratch, count=count
+            *(probe, images, embeddings, settings, reporter),
+            address=address,
+            scratch=scratch,
+            count=count,
+            sample=sample,
         )
         if n < max(settings.selection.every_budget()):
             raise UserError(f"the budget exceeds the {n:,} images that can be embedded; lower --budget")
@@ -161,7 +168,7 @@ def _probed(
     reporter: Reporter,
     *,
     count: int | None,
-    **where: str | None,
+    **how: Any,
 ) -> tuple[Survey | None, int, planning.Rates, machines.Fleet]:
     """Probe, or read what a probe of the same source and encoder has measured."""
     what = {
@@ -187,7 +194,7 @@ def _probed(
     from selective_ray.actors.probe import probe
 
     source = pipeline.Source(images, embeddings)
-    surveyed, n, rates, here = probe(source, settings, reporter, count=count, **where)
+    surveyed, n, rates, here = probe(source, settings, reporter, count=count, **how)
     if file:
         content: dict[str, Any] = {
             "what": what,

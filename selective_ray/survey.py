@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selective_ray import listing, reading
+from selective_ray import listing, objects, reading
+from selective_ray.errors import UserError
 from selective_ray.listing import Source, Task
 from selective_ray.objects import DIRECT, Access
 from selective_ray.schema import LISTED
@@ -21,6 +23,8 @@ TOGETHER = 64
 # Consecutive images by which the requests of a run are counted: those of a decode task.
 CONSECUTIVE = 512
 KEYS_PER_REQUEST = 1000
+# Images of a list whose sizes are looked up.
+LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ def survey(
     others = [first] if first.kind in ("keys", "folder") else []
     archives: list[Task] = [] if others else [first]
     opened = 0
-    images, nbytes, unknown, passed = 0, 0, 0, 0
+    images, nbytes, passed = 0, 0, 0
+    # Parquet files that were counted, and rows of lists, which do not tell their sizes.
+    sized: set[str] = set()
+    unknown = 0
     ratios: list[float] = []
     kept: list[tuple[float, pa.Table]] = []
     inside = Counter()
@@ -95,9 +102,14 @@ def survey(
             rows = found.rows
             images += len(rows)
             inside[task.kind] += len(rows)
-            sizes = pc.sum(pc.coalesce(rows["length"], rows["size"])).as_py() or 0
-            nbytes += sizes
-            unknown += rows["size"].null_count if not sizes else 0
+            known = pc.sum(pc.coalesce(rows["length"], rows["size"])).as_py()
+            nbytes += known or 0
+            if known is None and task.kind == "parquet":
+                # Read whole, and listed in several pieces.
+                nbytes += objects.version(task.uri, access)[0] if task.uri not in sized else 0
+                sized.add(task.uri)
+            elif known is None:
+                unknown += len(rows)
             if len(ratios) < 16:
                 some = rows.slice(0, CONSECUTIVE)
                 ratios.append(reading.requests(some) / len(some))
@@ -112,11 +124,12 @@ def survey(
     if not images:
         raise listing.nothing_found(source, passed)
     in_archives = sum(count for kind, count in inside.items() if kind in ("archive", "parquet"))
+    nbytes += _bytes_of_unknown(unknown, kept, access)
     share = 1 + len(archives) * in_archives / max(1, opened) / images
     chosen = pa.concat_tables([rows for _, rows in kept]).combine_chunks().slice(0, sample).sort_by("uri")
     assert chosen.schema.equals(LISTED)
     total = round(images * share)
-    of_keys = max(0, total - round(in_archives * share)) + opened + len(archives)
+    of_keys = images - in_archives + opened + len(archives)
     return (
         Survey(
             images=total,
@@ -131,3 +144,13 @@ def survey(
         ),
         chosen,
     )
+
+
+def _bytes_of_unknown(rows: int, kept: list[tuple[float, pa.Table]], access: Access) -> int:
+    """Return the bytes of so many listed uris by the mean of a few."""
+    uris = [name for _, some in kept for name in some["uri"].to_pylist()[:4]][:LOOKED_AT] if rows else []
+    sizes = []
+    for name in uris:
+        with suppress(OSError, UserError):
+            sizes.append(objects.version(name, access)[0])
+    return round(rows * float(np.mean(sizes))) if sizes else 0

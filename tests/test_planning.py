@@ -202,6 +202,23 @@ def test_archives_that_were_not_opened_count_as_the_others(tmp_path):
     assert found.get_requests == 6 and found.parts
 
 
+def test_bytes_of_parquet_files_and_lists_are_looked_up(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "some.parquet"
+    pq.write_table(pa.table({"image": [b"\xff" * 100] * 50}), file)
+    found, _ = survey(Source(str(file)), sample=64)
+    assert (found.images, found.nbytes) == (50, file.stat().st_size)
+    names = []
+    for i in range(40):
+        names.append(str(tmp_path / f"{i:02d}.png"))
+        Path(names[-1]).write_bytes(b"x" * 30)
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    found, _ = survey(Source(str(tmp_path / "list.txt")), sample=64)
+    assert (found.images, found.nbytes) == (40, 40 * 30)
+
+
 def test_a_folder_that_is_not_listed_in_time_is_not_whole(tmp_path, monkeypatch):
     from selective_ray import listing
 

@@ -46,19 +46,20 @@ def probe(
     address: str | None = None,
     scratch: str | None = None,
     count: int | None = None,
+    sample: int = SAMPLE,
     seconds: float = 60.0,
 ) -> tuple[Survey | None, int, Rates, Fleet]:
     """Probe images, or embeddings that are there.
 
     scratch: a folder or prefix that all machines see; None: a temporary folder. count: how many images there
-    are, where the source is too large to be listed in so many seconds. Returns what was surveyed, the number
+    are, where the source is too large to be listed in so many seconds; sample: how many are embedded. Returns what was surveyed, the number
     of rows, the rates, and the machines of the cluster. Raises UserError where nothing can be embedded.
     """
     access = config.resources.access()
     surveyed, rows, x, n = None, None, None, 0
     if source.images:
         chosen = listing.Source(source.images, **config.images.model_dump())
-        surveyed, rows = survey(chosen, access, sample=SAMPLE, seed=config.seed, seconds=seconds)
+        surveyed, rows = survey(chosen, access, sample=sample, seed=config.seed, seconds=seconds)
         if count is None and not surveyed.whole:
             raise UserError(
                 f"{source.images} holds more than the {surveyed.images:,} images that were listed in "
@@ -66,7 +67,7 @@ def probe(
             )
         reporter.say(f"{surveyed.images:,} images, {surveyed.nbytes / 1e9:,.1f} GB")
     else:
-        x, n = _sample_of(source.embeddings, config)
+        x, n = _sample_of(source.embeddings, config, sample)
         surveyed, n = None, count or n
     with _scratch(scratch) as place, Session(address, [place]) as session:
         began = time.monotonic()
@@ -110,12 +111,12 @@ def _disk() -> float:
     return float(shutil.disk_usage(tempfile.gettempdir()).free)
 
 
-def _sample_of(path: str | None, config: Config) -> tuple[np.ndarray, int]:
+def _sample_of(path: str | None, config: Config, sample: int) -> tuple[np.ndarray, int]:
     """Draw rows of embeddings that are there, at unit length; also how many there are."""
     rng = np.random.default_rng(config.seed)
     if path and path.endswith((".npy", ".parquet")):
         n, _, blocks = embeddings.read(str(Path(path).absolute()))
-        share = min(1.0, 2 * SAMPLE / n)
+        share = min(1.0, 2 * sample / n)
         parts = (embeddings.unit_rows(x[rng.random(len(x)) < share])[0] for x, _ in blocks)
     else:
         run = Run(path or "", config.resources.access())
@@ -126,7 +127,7 @@ def _sample_of(path: str | None, config: Config) -> tuple[np.ndarray, int]:
         some = rng.permutation([shard.index for shard in manifest.shards])[:4]
         parts = (run.read_embeddings(int(shard))[1] for shard in some)
     x = np.concatenate(list(parts))
-    return x[np.sort(rng.permutation(len(x))[:SAMPLE])], n
+    return x[np.sort(rng.permutation(len(x))[:sample])], n
 
 
 def _embed(
