@@ -53,8 +53,8 @@ def probe(
 
     scratch: a folder or prefix that all machines see; None: a temporary folder. count: how many images there
     are, where the source is too large to be listed in so many seconds; sample: how many of them are embedded.
-    Returns what was surveyed, the number of rows, the rates, and the machines of the cluster. Raises UserError
-    where nothing can be embedded.
+    Returns what was surveyed, the number of rows, the rates, and the machines of the cluster. Raises
+    UserError where nothing can be embedded.
     """
     access = config.resources.access()
     surveyed, rows, x, n = None, None, None, 0
