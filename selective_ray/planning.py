@@ -182,7 +182,7 @@ def _embed(survey: Survey, rates: Rates, config: Config, fleet: Fleet) -> Stage:
         decoding = (fleet.speed - CPUS_OF_GPU_ENCODER * gpus) * rates.decode_rows * kept
         speeds = {"decoding": decoding, "encoding": _encoding(rates, fleet, gpus)}
     else:
-        workers = config.resources.workers or int(fleet.total("cpus"))
+        workers = _workers(config) or int(fleet.total("cpus"))
         # Encoders and decoders share the CPUs.
         limit = "encoding" if rates.encode_rows < rates.decode_rows else "decoding"
         speeds = {limit: rates.embed_rows * fleet.speed / rates.cpus}
@@ -199,6 +199,11 @@ def _embed(survey: Survey, rates: Rates, config: Config, fleet: Fleet) -> Stage:
         store_bytes=int(fleet.total("cpus")) * under_way,
         requests={"get": survey.get_requests + 2 * shards, "put": 3 * shards},
     )
+
+
+def _workers(config: Config) -> int | None:
+    """How many workers were asked for; where machines come as they are asked for, the fleet says how many."""
+    return None if config.resources.autoscale else config.resources.workers
 
 
 def _gpus(config: Config, fleet: Fleet) -> float:
@@ -224,8 +229,11 @@ class Holding:
     @property
     def workers(self) -> int:
         """How many there are: one for each GPU, else for each CPU, and none without a shard."""
-        asked, gpus = self.config.resources.workers, _gpus(self.config, self.fleet)
-        return max(1, min(asked or int(gpus or self.fleet.total("cpus")), _shards(self.n, self.config)))
+        gpus = _gpus(self.config, self.fleet)
+        return max(
+            1,
+            min(_workers(self.config) or int(gpus or self.fleet.total("cpus")), _shards(self.n, self.config)),
+        )
 
     @property
     def rows(self) -> int:

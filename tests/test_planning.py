@@ -136,6 +136,16 @@ def test_more_than_the_object_stores_hold_goes_to_disks_or_is_refused():
     assert "do not fit into the object stores of a:1" in why and "a:4 would do" in why
 
 
+def test_workers_that_are_asked_for_count_unless_machines_come_for_them():
+    machine = Machine("a", cpus=8, memory=64e9, store=30e9, disk=1e12, hour=1.0)
+    for options, workers in (({"resources.workers": 3}, 3), ({}, 8)):
+        stages = by_stage(plan(RATES, settings(**options), Fleet(((machine, 1),)), n=10_000_000))
+        assert stages["density"].workers == workers
+    grows = settings(**{"resources.workers": 3, "resources.autoscale": True})
+    stages = by_stage(plan(RATES, grows, Fleet(((machine, 2),)), n=10_000_000))
+    assert stages["density"].workers == 16
+
+
 def test_two_levels_of_clusters_cost_a_root_of_them():
     fleet = Fleet(((Machine("a", cpus=2, memory=1e12, store=1e12, disk=1e12), 1),))
     many = settings(**{"selection.budget": 90_000})

@@ -56,6 +56,10 @@ def probe(
     Returns what was surveyed, the number of rows, the rates, and the machines of the cluster. Raises
     UserError where nothing can be embedded.
     """
+    if config.resources.autoscale:
+        # What is there is probed, not what may come.
+        here = {"autoscale": False, "workers": None, "gpus_per_worker": None}
+        config = config.model_copy(update={"resources": config.resources.model_copy(update=here)})
     access = config.resources.access()
     surveyed, rows, x, n = None, None, None, 0
     if source.images:
