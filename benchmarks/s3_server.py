@@ -5,9 +5,9 @@
 
 Serves one bucket: a folder, or any number of made-up images, whose keys, etags and pixels follow from their
 number, so that none is held in memory. Other buckets can be made and written to, and live in memory. Knows
-ListObjectsV2, HEAD, GET with Range and If-Match, PUT with If-None-Match, and DELETE; checks no signature. On
-SIGUSR1 it prints how many objects of each bucket it has sent. `s3_clients.py`
-measures clients on it, and thereby its own limits.
+ListObjectsV2, HEAD, GET with Range and If-Match, PUT with If-None-Match, and DELETE, of many keys at once too;
+checks no signature. On SIGUSR1 it prints how many objects of each bucket it has sent. `s3_clients.py` measures
+clients on it, and thereby its own limits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 from time import gmtime, strftime, time
 from typing import BinaryIO, Protocol
 from urllib.parse import parse_qsl, quote, unquote
+from xml.etree import ElementTree
 
 REASONS = {
     100: "Continue",
@@ -348,6 +349,8 @@ class Connection(asyncio.Protocol):
             self._write(200, "Content-Length: 0\r\n")
         elif bucket is None:
             raise S3Error(404, "NoSuchBucket")
+        elif method == "POST" and not key and query.partition("=")[0] == "delete":
+            self._delete(bucket, body)
         elif method in ("PUT", "DELETE") and not query:
             self._change(bucket, method, key, headers, body)
         elif method == "HEAD" and not key:
@@ -375,6 +378,17 @@ class Connection(asyncio.Protocol):
         if "aws-chunked" in headers.get("content-encoding", ""):
             body = unchunked(body)
         self._write(200, f'ETag: "{bucket.put(key, body)}"\r\nContent-Length: 0\r\n')
+
+    def _delete(self, bucket: Bucket, body: bytes) -> None:
+        """Delete many keys by one request."""
+        if not isinstance(bucket, Memory):
+            raise S3Error(405, "MethodNotAllowed")
+        keys = [node.text or "" for node in ElementTree.fromstring(body).iter() if node.tag.endswith("Key")]
+        for key in keys:
+            bucket.delete(key)
+        done = "".join(f"<Deleted><Key>{_escaped(key)}</Key></Deleted>" for key in keys)
+        page = f'<?xml version="1.0" encoding="UTF-8"?>\n<DeleteResult>{done}</DeleteResult>'.encode()
+        self._write(200, f"Content-Type: application/xml\r\nContent-Length: {len(page)}\r\n", page)
 
     def _object(self, bucket: Bucket, method: str, key: str, headers: dict[str, str]) -> None:
         n = find(bucket, key)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selective_ray import config, machines, planning
+from selective_ray import config, machines, objects, planning
 from selective_ray.cli_options import (
     Address,
     Budget,
@@ -135,7 +135,8 @@ def plan(
                 *(rates, settings, fleet),
                 survey=surveyed,
                 n=n,
-                requests=table.requests,
+                # Files on this machine cost nothing to ask for.
+                requests={} if objects.is_local(images or embeddings or "") else table.requests,
                 kinds=kinds.values() or [table.machine(name, name) for name in table.instances],
             )
             for fleet in fleets
