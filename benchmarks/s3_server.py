@@ -5,9 +5,9 @@
 
 Serves one bucket: a folder, or any number of made-up images, whose keys, etags and pixels follow from their
 number, so that none is held in memory. Other buckets can be made and written to, and live in memory. Knows
-ListObjectsV2, HEAD, GET with Range and If-Match, PUT with If-None-Match, and DELETE, of many keys at once too;
-checks no signature. On SIGUSR1 it prints how many objects of each bucket it has sent. `s3_clients.py` measures
-clients on it, and thereby its own limits.
+ListObjectsV2, HEAD, GET with Range and If-Match, PUT with If-None-Match, and DELETE, of many keys at
+once, too; checks no signature. On SIGUSR1 it prints how many objects of each bucket it has sent.
+`s3_clients.py` measures clients on it, and thereby its own limits.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_conditional_puts_and_deletes_of_many(endpoint):
     gone = {"Objects": [{"Key": "a"}, {"Key": "c&d"}, {"Key": "never"}]}
     answer = client.delete_objects(Bucket="conditional", Delete=gone)
     assert {one["Key"] for one in answer["Deleted"]} >= {"a", "c&d"}
-    assert listed(client, "conditional")[0] == ["b", "e"]
+    assert [key for key, *_ in listed(client, "conditional")[0]] == ["b", "e"]
 
 
 def test_it_tells_what_it_has_sent():
@@ -175,7 +175,7 @@ def test_it_tells_what_it_has_sent():
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             client = s3.client(server.stdout.readline().strip())
-            keys, _ = listed(client, "images")
+            keys = [key for key, *_ in listed(client, "images")[0]]
             for key in (*keys, keys[0]):
                 client.get_object(Bucket="images", Key=key)["Body"].read()
             os.kill(server.pid, signal.SIGUSR1)
