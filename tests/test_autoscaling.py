@@ -128,9 +128,11 @@ def growing(tmp_path):
         if key not in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING")
     }
     try:
-        time.sleep(10)
-        assert head.poll() is None, (tmp_path / "head.log").read_text()
-        yield address, client
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in (said := (tmp_path / "head.log").read_text()):
+            assert head.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.5)
+        yield address, client, tmp_path / "head.log"
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:
@@ -154,11 +156,11 @@ def _end_nodes(address: str) -> None:
 
 @pytest.mark.faults
 def test_machines_come_for_embedding_and_go_after_the_run(growing, tmp_path, two_cpus):
-    address, environment = growing
+    address, environment, log = growing
     folder = pictures(tmp_path / "images", 400)
     words = [sys.executable, "-c", DRIVER, address, str(folder), str(tmp_path / "run"), json.dumps(OPTIONS)]
     answer = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert answer.returncode == 0, answer.stderr[-2000:] + log.read_text()[-2000:]
     told = json.loads(answer.stdout.splitlines()[-1])
     timeline = told["timeline"]
     print(json.dumps(timeline))
