@@ -92,9 +92,10 @@ def growing(tmp_path):
             "gcs_address": address,
         },
         "auth": {"ssh_user": "nobody"},
-        "head_node_type": "head",
+        # As the provider names it.
+        "head_node_type": "ray.head.default",
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             KIND: {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
         "docker": {},
