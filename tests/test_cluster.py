@@ -226,10 +226,16 @@ def free_port():
         return one.getsockname()[1]
 
 
+def answers(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Two machines, as far as Ray can tell, that want a token; what a client must have in its environment."""
-    token = tmp_path_factory.mktemp("token") / "auth_token"
+    folder = tmp_path_factory.mktemp("token")
+    token = folder / "auth_token"
     token.write_text("0123456789abcdef" * 4)
     port, api = free_port(), free_port()
     environment = {
@@ -249,16 +255,24 @@ def cluster(tmp_path_factory):
         for words in starts:
             # Both are on one machine, where the default port would be taken.
             agent = f"--dashboard-agent-listen-port={free_port()}"
-            process = subprocess.Popen(
-                [str(BIN / "ray"), "start", *words, agent],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            said = folder / f"{len(processes)}.log"
+            with said.open("w") as log:
+                process = subprocess.Popen(
+                    [str(BIN / "ray"), "start", *words, agent],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             processes.append(process)
-            time.sleep(8)
-            assert process.poll() is None
+            deadline = time.monotonic() + 90
+            while "Ray runtime started" not in said.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+                time.sleep(0.2)
+        # The Jobs API comes a little after.
+        while not answers(api):
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.2)
         api_address = f"http://127.0.0.1:{api}"
         yield {**environment, "RAY_API_SERVER_ADDRESS": api_address, "ADDRESS": f"127.0.0.1:{port}"}
     finally:
