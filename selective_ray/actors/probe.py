@@ -155,16 +155,18 @@ def _embed(
     operations = ray.remote(num_cpus=1)(encoders.operations).remote(
         *(what["encoder"], config.embed.checkpoint, size, config.resources.access(), seen["dimension"])
     )
-    # Encoders begin when they have loaded, and decoders long before: only what both do for an image counts.
+    # Decoders are done with the sample before the encoders have loaded; in a run both share the CPUs.
     decode, encode = seen["decoded_per_cpu_second"], seen["encoded_per_encoder_second"]
-    together = cpus() / (1 / decode + 1 / encode)
+    encoders_ = gpus() or cpus()
     return (
         replace(
             rates,
             d=seen["dimension"],
             list_rows=1 / (surveyed.seconds / surveyed.listed + written),
-            encoder_seconds=done.seconds - len(rows) / seen["images_per_second"],
-            embed_rows=min(together, seen["images_per_second"]) if not gpus() else seen["images_per_second"],
+            encoder_seconds=max(0.0, done.seconds - len(rows) / (encoders_ * encode)),
+            embed_rows=min(gpus() * encode, cpus() * decode)
+            if gpus()
+            else cpus() / (1 / decode + 1 / encode),
             decode_rows=decode,
             encode_rows=encode,
             encode_flops=float(ray.get(operations)),
@@ -192,26 +194,30 @@ def stand_in(x: np.ndarray, rows: int, seed: int) -> np.ndarray:
 
 
 def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, access: Any) -> Rates:
-    """Select from stand-ins of two sizes: what differs is what rows take, the rest what starting takes."""
+    """Select from stand-ins of two sizes: what differs is what rows take.
+
+    The smaller one comes twice: once with processes that have yet to start, which the other two find there.
+    """
     small, large = (min(max(n // 2, 1), SMALL), min(n, STAND_IN))
     budget = max(config.selection.every_budget(), default=1)
     clusters = max(1, min(budget, small // 8))
     with tempfile.TemporaryDirectory() as folder:
         found = []
-        for rows in (small, large):
+        for attempt, rows in enumerate((small, small, large)):
             np.save(f"{folder}/x.npy", stand_in(x, rows, config.seed))
             settings = _settings(config, n, x.shape[1], rows, min(budget, max(clusters, rows // 16)))
-            run = Run(f"{place}-{rows}", access)
+            run = Run(f"{place}-{attempt}", access)
             source = pipeline.Source(embeddings=f"{folder}/x.npy")
             pipeline.advance(run, source, settings, set(), Reporter(quiet=True), upto="selection")
             found.append({table: run.manifest(table) for table in ("density", "clusters", "selection")})
-    workers = min(config.resources.workers or int(rates.gpus or rates.cpus), len(found[1]["density"].shards))
-    history = found[1]["clusters"].summary["history"]["seconds"]
+    cold, before, last = found
+    workers = min(config.resources.workers or int(rates.gpus or rates.cpus), len(last["density"].shards))
+    history = last["clusters"].summary["history"]["seconds"]
     rows = large - small
 
     def grows(seconds: Any) -> float:
         """Seconds of a worker for a row."""
-        return max(0.0, (seconds(found[1]) - seconds(found[0])) * workers / max(1, rows))
+        return max(0.0, (seconds(last) - seconds(before)) * workers / max(1, rows))
 
     def beside(made: dict[str, Manifest]) -> float:
         return made["density"].seconds - made["density"].summary["phases"]["joining"]
@@ -220,11 +226,11 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         rates,
         d=x.shape[1],
         workers=workers,
-        join_products=found[1]["density"].summary["products"]
-        / max(1e-3, found[1]["density"].summary["phases"]["joining"]),
+        join_products=last["density"].summary["products"]
+        / max(1e-3, last["density"].summary["phases"]["joining"]),
         row_seconds=grows(beside),
-        holder_seconds=max(0.0, beside(found[0]) - grows(beside) * small / workers),
-        products=large * found[1]["clusters"].summary["clusters"] / max(1e-3, history[0]),
+        holder_seconds=max(0.0, beside(cold) - grows(beside) * small / workers),
+        products=large * last["clusters"].summary["clusters"] / max(1e-3, history[0]),
         later_share=float(np.mean(history[1:]) / max(1e-3, history[0])) if len(history) > 1 else 1.0,
         iterations=len(history),
         cluster_seconds=grows(
