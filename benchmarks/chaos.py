@@ -147,8 +147,20 @@ def finish(words: list[str], killer: Killer | None = None) -> list[str]:
             return ends
         if killer is None:
             raise SystemExit(err)
-        ends.append("killed" if driver.returncode < 0 else json.loads(out)["error"])
+        ends.append(_ending(driver.returncode, out, err))
+        print(f"attempt {len(ends)} ended: {ends[-1]}", file=sys.stderr, flush=True)
     raise SystemExit(f"not done after {ATTEMPTS} attempts: {ends}")
+
+
+def _ending(status: int, out: str, err: str) -> str:
+    """How an attempt ended: by a signal, or with a sentence; whatever else was said last is told as it is."""
+    if status < 0:
+        return f"signal {-status}"
+    try:
+        return json.loads(out)["error"]
+    except ValueError:
+        last = (out + err).strip().splitlines()[-1:]
+        return f"status {status} without a sentence: {last}"
 
 
 def compare(quiet: str, shaken: str) -> dict[str, Any]:
