@@ -34,6 +34,8 @@ CREDENTIALS = {
 # Kills by which the command itself is hit, and every how many a node is.
 DRIVER_KILLS = (3, 7)
 NODE_EVERY = 6
+# Processes of Ray itself; a node ends with its agents, and nodes are killed as that.
+NOT_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # The same command again, at most so often.
 ATTEMPTS = 20
 
@@ -73,7 +75,7 @@ class Machines:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 title = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0")
-                works = title.startswith("ray::") and not title.startswith("ray::IDLE")
+                works = title.startswith("ray::") and not title.startswith(NOT_WORK)
                 if works and any(self.session in str(fd.readlink()) for fd in (process / "fd").iterdir()):
                     found.append((int(process.name), title))
             except OSError:
