@@ -93,7 +93,7 @@ def main() -> None:
     for name, pairs in seen.items():
         predicted, took = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratios = [p / t for p, t in pairs]
-        spread = (max(p for p, _ in pairs) - min(p for p, _ in pairs)) / predicted
+        spread = (max(p for p, _ in pairs) - min(p for p, _ in pairs)) / max(predicted, 0.1)
         shown = f"{statistics.median(ratios):.2f}"
         print(
             f"{name:<10}{predicted:>10.1f}{took:>8.1f}{shown if took >= COUNTS_FROM else f'[{shown}]':>8}  "

@@ -35,6 +35,7 @@ from selective_ray.cli_options import (
 )
 from selective_ray.errors import UsageError, UserError
 from selective_ray.progress import Reporter
+from selective_ray.store import differences
 from selective_ray.survey import Survey
 
 
@@ -181,9 +182,8 @@ def _probed(
     if file and Path(file).is_file():
         kept = json.loads(Path(file).read_text())
         if kept["what"] != what:
-            raise UserError(
-                f"{file} holds a probe of {kept['what']}, and this is {what}; give another --probe"
-            )
+            keys = "; ".join(differences(what, kept["what"]))
+            raise UserError(f"{file} holds another probe ({keys}); give another --probe")
         surveyed = Survey(**kept["survey"]) if kept["survey"] else None
         rates = planning.Rates(**kept["rates"])
         here = machines.Fleet(tuple((machines.Machine(**one), 1) for one in kept["here"]))

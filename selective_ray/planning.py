@@ -30,7 +30,7 @@ MOST_MACHINES = 1_000
 class Rates:
     """What a probe measured, by so many CPUs, GPUs, and workers that hold embeddings.
 
-    Seconds of starting: Ray; encoders; holders. A second: list_rows of one process; embed_rows of all
+    Seconds of starting: Ray; encoders; holders; clustering and selecting, whatever the rows. A second: list_rows of one process; embed_rows of all
     encoders and decoders together; decode_rows of a CPU; encode_rows of an encoder; join_products and
     products (of vectors, as the join and K-Means make them) of all workers together. row_seconds,
     cluster_seconds and select_seconds: of a worker, for what else these stages do with a row. pixel_bytes and
@@ -60,6 +60,8 @@ class Rates:
     iterations: int = 1
     cluster_seconds: float = 0.0
     select_seconds: float = 0.0
+    cluster_start: float = 0.0
+    select_start: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,8 @@ class Holding:
         yield self._stage("density", *self._density(), store_bytes=self.store_bytes)
         for budget in self.config.selection.every_budget():
             yield self._stage("cluster", *self._cluster(budget))
-            yield self._stage("select", self._rows(self.rates.select_seconds), "rounds")
+            seconds = self.rates.select_start + self._rows(self.rates.select_seconds)
+            yield self._stage("select", seconds, "rounds")
 
     def _stage(self, name: str, seconds: float, limit: str, *, store_bytes: int = 0) -> Stage:
         shards = _shards(self.n, self.config)
@@ -393,5 +396,5 @@ class Holding:
                 self.fleet.head.network if self.fleet.head else min(k.network for k, _ in self.fleet.machines)
             )
             network = full * self.workers * budget * self.rates.d * 8 / wire
-        seconds = products + network + self._rows(self.rates.cluster_seconds)
+        seconds = self.rates.cluster_start + products + network + self._rows(self.rates.cluster_seconds)
         return seconds, "products" if products >= network else "network"

@@ -53,6 +53,8 @@ RATES = Rates(
     iterations=21,
     cluster_seconds=1e-6,
     select_seconds=2e-6,
+    cluster_start=0.5,
+    select_start=1.5,
 )
 HERE = Fleet(((Machine("here", cpus=2, memory=16e9, store=7e9, disk=1e12), 1),))
 
@@ -76,9 +78,9 @@ def test_a_plan_by_hand():
     assert stages["density"].seconds == pytest.approx(5 + search.products / 1e8 + n * 1e-5 / 2)
     assert stages["density"].worker_bytes == search.holder_bytes(n // 2, 2)
     assert stages["density"].store_bytes == search.moved_bytes(4)
-    assert stages["cluster"].seconds == pytest.approx(n * 1000 * (1 + 20 * 0.2) / 1e9 + n * 1e-6 / 2)
+    assert stages["cluster"].seconds == pytest.approx(0.5 + n * 1000 * (1 + 20 * 0.2) / 1e9 + n * 1e-6 / 2)
     assert stages["cluster"].worker_bytes == kmeans.holder_bytes(n // 2, 128, 1000)
-    assert stages["select"].seconds == pytest.approx(n * 2e-6 / 2)
+    assert stages["select"].seconds == pytest.approx(1.5 + n * 2e-6 / 2)
     assert stages["embed"].requests == {"get": n + 200, "put": 300}
 
 
@@ -87,7 +89,7 @@ def test_twice_the_machines_take_half_the_time_and_as_many_hours():
     plans = [plan(RATES, settings(), Fleet(((one, count),)), survey=SURVEY) for count in (2, 4)]
     for name, stage in by_stage(plans[0]).items():
         twice = by_stage(plans[1])[name]
-        fixed = {"list": 10, "embed": 60, "density": 5}.get(name, 0)
+        fixed = {"list": 10, "embed": 60, "density": 5, "cluster": 0.5, "select": 1.5}[name]
         network = 21 * 128 * 1000 * 8 * 4 / 1e12 if name == "cluster" else 0
         assert stage.seconds - fixed == pytest.approx(2 * (twice.seconds - fixed), rel=1e-3, abs=network * 3)
         assert stage.machine_seconds == {"a": 2 * stage.seconds}
@@ -151,7 +153,7 @@ def test_two_levels_of_clusters_cost_a_root_of_them():
     many = settings(**{"selection.budget": 90_000})
     stage = by_stage(plan(RATES, many, fleet, n=1_000_000))["cluster"]
     compared = 300 * (1 + 0.2 * 9) + 300 * 10 + 90_000 * (1 + 0.2 * 2)
-    assert stage.seconds == pytest.approx(1e6 * compared / 1e9 + 1e6 * 1e-6 / 2)
+    assert stage.seconds == pytest.approx(0.5 + 1e6 * compared / 1e9 + 1e6 * 1e-6 / 2)
 
 
 def test_machines_are_those_of_the_description_at_the_prices_of_the_table(tmp_path):
@@ -261,7 +263,7 @@ def test_the_command_probes_plans_and_keeps_what_it_measured(two_cpus, tmp_path)
     images = pictures(tmp_path / "images", 120)
     words = ["plan", "--images", str(images), "--budget", "6", "--encoder", "pca"]
     words += ["--set", "embed.image_size=8", "--set", "density.k=5", "--cluster", str(ROOT / "cluster.yaml")]
-    words += ["--probe", str(tmp_path / "probe.json")]
+    words += ["--probe", str(tmp_path / "probe.json"), "--set", "resources.workers=1"]
     told = json.loads(ask(*words, "--json").stdout)
     assert told["images"] == 120
     assert told["bytes"] == sum(file.stat().st_size for file in images.iterdir())
@@ -274,13 +276,16 @@ def test_the_command_probes_plans_and_keeps_what_it_measured(two_cpus, tmp_path)
     assert (tmp_path / "probe.json").read_text() == kept
     assert "images     50,000,000,000" in answer.stdout and "on gpu_large:8,decode:16" in answer.stdout
     assert answer.exit_code == 1 and "does not fit: " in answer.stdout
-    assert "holds a probe of" in line_of(ask(*words, "--encoder", "resnet18"), 1)
+    words[words.index("pca")] = "resnet18"
+    line = line_of(ask(*words), 1)
+    assert "holds another probe (embed.encoder is pca there and resnet18 here)" in line
     assert len(list(images.iterdir())) == 120
 
 
 def test_embeddings_that_are_there_are_planned_from(two_cpus, blobs, tmp_path):
     np.save(tmp_path / "x.npy", blobs)
     words = ["plan", "--embeddings", str(tmp_path / "x.npy"), "--budget", "12", "--set", "density.k=5"]
+    words += ["--set", "resources.workers=1"]
     told = json.loads(ask(*words, "--json").stdout)
     assert [stage["name"] for stage in told["plans"][0]["stages"]] == ["density", "cluster", "select"]
     assert told["images"] == 300 and told["probe"]["d"] == 8

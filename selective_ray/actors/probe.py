@@ -219,8 +219,18 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         """Seconds of a worker for a row."""
         return max(0.0, (seconds(last) - seconds(before)) * workers / max(1, rows))
 
+    def starts(seconds: Any, made: dict[str, Manifest]) -> float:
+        """Seconds that no row takes."""
+        return max(0.0, seconds(made) - grows(seconds) * small / workers)
+
     def beside(made: dict[str, Manifest]) -> float:
         return made["density"].seconds - made["density"].summary["phases"]["joining"]
+
+    def clustering(made: dict[str, Manifest]) -> float:
+        return made["clusters"].seconds - sum(made["clusters"].summary["history"]["seconds"])
+
+    def selecting(made: dict[str, Manifest]) -> float:
+        return made["selection"].seconds
 
     return replace(
         rates,
@@ -229,14 +239,14 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         join_products=last["density"].summary["products"]
         / max(1e-3, last["density"].summary["phases"]["joining"]),
         row_seconds=grows(beside),
-        holder_seconds=max(0.0, beside(cold) - grows(beside) * small / workers),
+        holder_seconds=starts(beside, cold),
         products=large * last["clusters"].summary["clusters"] / max(1e-3, history[0]),
         later_share=float(np.mean(history[1:]) / max(1e-3, history[0])) if len(history) > 1 else 1.0,
         iterations=len(history),
-        cluster_seconds=grows(
-            lambda made: made["clusters"].seconds - sum(made["clusters"].summary["history"]["seconds"])
-        ),
-        select_seconds=grows(lambda made: made["selection"].seconds),
+        cluster_seconds=grows(clustering),
+        select_seconds=grows(selecting),
+        cluster_start=starts(clustering, before),
+        select_start=starts(selecting, before),
     )
 
 
