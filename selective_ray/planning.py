@@ -34,9 +34,9 @@ class Rates:
     list_rows of one process; embed_rows of all encoders and decoders together; decode_rows of a CPU;
     encode_rows of an encoder; join_products and products (of vectors, as the join and K-Means make them) of
     all workers together. row_seconds, cluster_seconds, select_seconds: of a worker, for what else a stage
-    does with a row. pixel_bytes and encode_flops of an image as the encoder sees it; d the dimension; rejected
-    the share of the images. iterations of K-Means, of which the second and later take later_share as long as
-    the first.
+    does with a row. pixel_bytes and encode_flops of an image as the encoder sees it; d the dimension;
+    rejected the share of the images. iterations of K-Means, of which the second and later take later_share as
+    long as the first.
     """
 
     cpus: float
