@@ -84,7 +84,7 @@ def growing(tmp_path):
         "upscaling_speed": 100,
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "growing.Machines",
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
             "launch_multiple": True,
@@ -96,7 +96,12 @@ def growing(tmp_path):
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            KIND: {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+            KIND: {
+                "resources": {"CPU": 1, "memory": 4 * 2**30},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 2,
+            },
         },
         "docker": {},
         "file_mounts": {},
@@ -108,6 +113,7 @@ def growing(tmp_path):
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
