@@ -4,7 +4,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 
 
 class Machines(FakeMultiNodeProvider):
-    """Ray's own, but a kind may say how much memory it has, as kinds on EC2 do: work that states memory asks."""
+    """Ray's own, but a kind may have memory, as kinds on EC2 do: for what states its memory."""
 
     def create_node_with_resources_and_labels(self, node_config, tags, count, resources, labels):
         without = {name: amount for name, amount in resources.items() if name != "memory"}
