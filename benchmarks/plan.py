@@ -11,8 +11,8 @@ The options after -- are those of `select`. --generated: so many small images of
 over the repeats, and how far the predictions themselves lie apart, which is the noise of the probe and the
 machine. Stages of at least a minute count; the others are in brackets.
 
---table prints, as Markdown, the plan of a configuration for so many photographs of 110 KB on fleets, by `RATES`
-in place of a probe, which are those of this folder's README, and by what the table of prices assumes of GPUs.
+--table prints, as Markdown, the plan of a configuration for so many photographs of 110 KB on fleets, by
+`RATES` in place of a probe, which are those of this folder's README, and what the table of prices assumes of GPUs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLES = {
 }
 COUNTS_FROM = 60.0
 # Of the README, two cores: "A million images" (listing), "Ray's share of embedding" (starting encoders),
-# "Decoding" (500 x 375), "Density by inverted lists" (a million rows, d = 128: lists, moving and writing 8.6 s,
+# "Decoding" (500 x 375), "Density by inverted lists" (a million rows, d = 128: lists, moving, writing 8.6 s,
 # starting 10.5 s), "The rounds of the selection" (3.67 s). Encoders on CPUs play no part.
 RATES = {
     "cpus": 2,

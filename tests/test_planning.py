@@ -1,5 +1,6 @@
 """Plans: by hand on round rates, laws, what does not fit, and the probe through the command."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -289,6 +290,27 @@ def test_embeddings_that_are_there_are_planned_from(two_cpus, blobs, tmp_path):
     told = json.loads(ask(*words, "--json").stdout)
     assert [stage["name"] for stage in told["plans"][0]["stages"]] == ["density", "cluster", "select"]
     assert told["images"] == 300 and told["probe"]["d"] == 8
+
+
+def test_the_page_shows_what_the_functions_say(capsys):
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "benchmarks" / "plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = (ROOT / "docs" / "planning.md").read_text()
+    fleets = ["g6e.12xlarge:2", "g6e.12xlarge:16"]
+    module.table(str(ROOT / "jobs" / "configs" / "fifty_million.toml"), 50_000_000, fleets)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + 2 * 6
+    assert [line for line in printed if line not in shown] == []
+    for name, n, fleet in (
+        ("imagenet", 1_281_167, "gpu_small:4,decode:2"),
+        ("fifty_million", 50_000_000, "gpu_large:8,decode:16"),
+    ):
+        file = ROOT / "jobs" / "configs" / f"{name}.toml"
+        module.table(str(file), n, [fleet])
+        minutes = capsys.readouterr().out.splitlines()[-1].split("**")[3]
+        assert f"Minutes:  {minutes}, five of them until machines are up" in file.read_text()
+        assert f"{n} and" in " ".join(file.read_text().replace("#", "").split())
 
 
 def test_images_in_a_bucket_are_surveyed(s3_endpoint, monkeypatch):
