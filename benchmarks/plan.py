@@ -12,7 +12,7 @@ over the repeats, and how far the predictions themselves lie apart, which is the
 machine. Stages of at least a minute count; the others are in brackets.
 
 --table prints, as Markdown, the plan of a configuration for so many photographs of 110 KB on fleets, by
-`RATES` in place of a probe, which are those of this folder's README, and what the table of prices assumes of GPUs.
+`RATES`, those of this folder's README, and by what the table of prices assumes of GPUs.
 """
 
 from __future__ import annotations
