@@ -5,8 +5,9 @@
 
 Serves one bucket: a folder, or any number of made-up images, whose keys, etags and pixels follow from their
 number, so that none is held in memory. Other buckets can be made and written to, and live in memory. Knows
-ListObjectsV2, HEAD, GET with Range and If-Match, PUT and DELETE; checks no signature. `s3_clients.py`
-measures clients on it, and thereby its own limits.
+ListObjectsV2, HEAD, GET with Range and If-Match, PUT with If-None-Match, and DELETE, of many keys at
+once, too; checks no signature. On SIGUSR1 it prints how many objects of each bucket it has sent.
+`s3_clients.py` measures clients on it, and thereby its own limits.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import argparse
 import asyncio
 import bisect
 import hashlib
+import json
 import os
 import re
+import signal
 import struct
 import sys
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import formatdate
@@ -28,6 +32,7 @@ from pathlib import Path
 from time import gmtime, strftime, time
 from typing import BinaryIO, Protocol
 from urllib.parse import parse_qsl, quote, unquote
+from xml.etree import ElementTree
 
 REASONS = {
     100: "Continue",
@@ -297,8 +302,8 @@ def unchunked(body: bytes) -> bytes:
 class Connection(asyncio.Protocol):
     """One connection of a client: requests are answered one after the other, as they come."""
 
-    def __init__(self, buckets: dict[str, Bucket]) -> None:
-        self.buckets = buckets
+    def __init__(self, buckets: dict[str, Bucket], sent: Counter[str]) -> None:
+        self.buckets, self.sent = buckets, sent
         self.received = bytearray()
         self.sending: asyncio.Task | None = None
 
@@ -344,6 +349,8 @@ class Connection(asyncio.Protocol):
             self._write(200, "Content-Length: 0\r\n")
         elif bucket is None:
             raise S3Error(404, "NoSuchBucket")
+        elif method == "POST" and not key and query.partition("=")[0] == "delete":
+            self._delete(bucket, body)
         elif method in ("PUT", "DELETE") and not query:
             self._change(bucket, method, key, headers, body)
         elif method == "HEAD" and not key:
@@ -356,6 +363,7 @@ class Connection(asyncio.Protocol):
             self._write(200, f"Content-Type: application/xml\r\nContent-Length: {len(page)}\r\n", page)
         elif method in ("GET", "HEAD"):
             self._object(bucket, method, key, headers)
+            self.sent[name] += method == "GET"
         else:
             raise S3Error(501, "NotImplemented")
 
@@ -365,9 +373,22 @@ class Connection(asyncio.Protocol):
         if method == "DELETE":
             bucket.delete(key)
             return self._write(204, "")
+        if headers.get("if-none-match") == "*" and find(bucket, key) is not None:
+            raise S3Error(412, "PreconditionFailed")
         if "aws-chunked" in headers.get("content-encoding", ""):
             body = unchunked(body)
         self._write(200, f'ETag: "{bucket.put(key, body)}"\r\nContent-Length: 0\r\n')
+
+    def _delete(self, bucket: Bucket, body: bytes) -> None:
+        """Delete many keys by one request."""
+        if not isinstance(bucket, Memory):
+            raise S3Error(405, "MethodNotAllowed")
+        keys = [node.text or "" for node in ElementTree.fromstring(body).iter() if node.tag.endswith("Key")]
+        for key in keys:
+            bucket.delete(key)
+        done = "".join(f"<Deleted><Key>{_escaped(key)}</Key></Deleted>" for key in keys)
+        page = f'<?xml version="1.0" encoding="UTF-8"?>\n<DeleteResult>{done}</DeleteResult>'.encode()
+        self._write(200, f"Content-Type: application/xml\r\nContent-Length: {len(page)}\r\n", page)
 
     def _object(self, bucket: Bucket, method: str, key: str, headers: dict[str, str]) -> None:
         n = find(bucket, key)
@@ -428,7 +449,9 @@ class Connection(asyncio.Protocol):
 async def serve(port: int, buckets: dict[str, Bucket]) -> None:
     """Serve until cancelled; prints the endpoint once it answers."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Connection(buckets), "127.0.0.1", port, backlog=1024)
+    sent: Counter[str] = Counter()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: print(json.dumps(sent), flush=True))
+    server = await loop.create_server(lambda: Connection(buckets, sent), "127.0.0.1", port, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     async with server:
         await server.serve_forever()

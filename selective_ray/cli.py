@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selective_ray import __version__, cli_cluster, cli_labels, cli_pretrain, config
+from selective_ray import __version__, cli_cluster, cli_labels, cli_plan, cli_pretrain, config
 from selective_ray.cli_options import (
     Address,
     Budget,
@@ -31,6 +31,7 @@ from selective_ray.cli_options import (
     Json,
     KeepUtilities,
     Labeled,
+    Log,
     MaxRejected,
     Method,
     Preset,
@@ -140,6 +141,7 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
         encoder: Encoder = None,
         checkpoint: Checkpoint = None,
         address: Address = None,
+        log: Log = "text",
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
@@ -174,7 +176,7 @@ def _stage_command(upto: str, help_text: str) -> Callable[..., None]:
                 raise UsageError("give --budget M, the number of images to select")
             from selective_ray.actors import pipeline
 
-            reporter = Reporter(quiet=as_json)
+            reporter = Reporter(quiet=as_json and log == "text", structured=log == "json")
             where = Run(run, settings.resources.access())
             complete = [table for table in where.tables() if where.manifest(table)]
             pipeline.advance(
@@ -250,6 +252,7 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )(cli_cluster.submit)
 app.command()(cli_cluster.check)
+app.command()(cli_plan.plan)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -88,6 +88,10 @@ Checkpoint = Annotated[
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else a private instance).")
 ]
+Log = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log", help="Progress and warnings on stderr as text, or a JSON object a line."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -130,7 +134,7 @@ def share(text: str) -> float:
 
 
 def numbers(text: str) -> list[int]:
-    """Read budgets: whole numbers with commas between them."""
+    """Read whole numbers with commas between them."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:

@@ -358,6 +358,9 @@ class Resources(Section):
     workers: int | None = Field(None, ge=1)
     # GPUs that an encoder, or a holder of embeddings, takes; None: one where the cluster has any.
     gpus_per_worker: float | None = Field(None, ge=0)
+    # Machines come as work asks for them: workers and gpus_per_worker hold where none is there yet, and
+    # nothing is squeezed into those that are.
+    autoscale: bool = False
     # GiB that an encoder states to Ray; None: 2, or its share of a smaller cluster.
     memory: float | None = Field(None, gt=0)
     # Images in a shard; None: max(256, n / 64), at most 65,536.

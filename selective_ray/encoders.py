@@ -371,6 +371,23 @@ def network(name: str, checkpoint: str | None, image_size: int, access: Access =
     return made.module
 
 
+def operations(
+    name: str, checkpoint: str | None, image_size: int, access: Access = DIRECT, dimension: int = 64
+) -> float:
+    """Count the floating-point operations of embedding one image, multiplications and additions apart.
+
+    dimension is that of `pca`, which is not loaded for it.
+    """
+    if name == PCA:
+        return 2.0 * 3 * image_size * image_size * dimension
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = load(name, checkpoint=checkpoint, image_size=image_size, access=access)
+    with FlopCounterMode(display=False) as counter:
+        encoder.encode(np.zeros((1, image_size, image_size, 3), np.uint8))
+    return float(counter.get_total_flops())
+
+
 def _dimension(run: "inference.Inference", name: str, image_size: int, batch: int) -> int:
     """Try a batch of black images; returns d, or raises UserError."""
     import torch

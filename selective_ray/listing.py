@@ -81,6 +81,11 @@ class Found:
     repeated: int = 0
 
 
+def shard_rows(n: int, asked: int | None) -> int:
+    """Rows of a shard: about 64 shards, none so small that its overhead shows or too large to redo."""
+    return asked or min(65_536, max(256, -(-n // 64)))
+
+
 def first_task(source: Source, access: Access = DIRECT) -> Task:
     """Return the task that a source begins as; raises UsageError or UserError where it is none."""
     uri = source.uri

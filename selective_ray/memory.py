@@ -1,10 +1,26 @@
-"""How much memory this process has taken."""
+"""How much memory processes take: this one so far, and what others state before they start."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+
+from selective_ray.reading import AHEAD_BYTES
+
+# The libraries of a decoder; and what a network and its activations take, where nothing else is asked for.
+DECODE_LIBRARIES = 512 * 2**20
+ENCODE_MEMORY = 2 * 2**30
+
+
+def decoder_bytes() -> int:
+    """Bytes that a decoder takes besides the pixels that it passes on."""
+    return DECODE_LIBRARIES + AHEAD_BYTES
+
+
+def encoder_bytes(gib: float | None) -> int:
+    """Bytes that an encoder states: so many GiB, where they were asked for."""
+    return ENCODE_MEMORY if gib is None else round(gib * 2**30)
 
 
 def peak_memory() -> int:

@@ -96,6 +96,11 @@ def _parts(rows: pa.Table) -> Iterator[_Part | _Rows]:
         yield part
 
 
+def requests(rows: pa.Table) -> int:
+    """Count the requests by which rows of a listing are read in their order."""
+    return sum(1 for _ in _parts(rows))
+
+
 def fetch(
     rows: pa.Table, access: Access = DIRECT, *, column: str | None = None, read: Read = objects.read
 ) -> Iterator[bytes | Rejected]:

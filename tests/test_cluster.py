@@ -18,10 +18,13 @@ import pytest
 import yaml
 from conftest import unit
 from moto.server import ThreadedMotoServer
+from ray.job_submission import JobDetails, JobStatus, JobType
 from test_cli import ask, line_of
 
+from selective_ray import in_memory
 from selective_ray.actors import fitness, interruption, submission
 from selective_ray.errors import UserError
+from selective_ray.lease import Lease
 from selective_ray.store import Run
 
 ROOT = Path(__file__).parents[1]
@@ -181,16 +184,58 @@ def test_wrong_usage_is_told_before_anything_is_sent():
     assert "no cluster answers" in line_of(ask(*nowhere, "select", "--run", "s3://b/r"), 1)
 
 
+class Gone:
+    """The Jobs API of a cluster that goes away while it is followed, and may come back."""
+
+    def __init__(self, answers):
+        self.answers = iter(answers)
+
+    async def tail_job_logs(self, job):
+        if next(self.answers) == "gone":
+            raise ConnectionError("connection refused")
+        yield "a line\n"
+
+    def get_job_info(self, job):
+        state = next(self.answers)
+        if state == "gone":
+            raise RuntimeError("Failed to connect")
+        return JobDetails(
+            type=JobType.SUBMISSION, status=JobStatus(state), entrypoint="x", driver_exit_code=0
+        )
+
+
+def test_a_cluster_that_is_gone_is_not_followed_for_ever(monkeypatch, capsys):
+    monkeypatch.setattr(submission, "RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "GONE_SECONDS", 0.2)
+    comes_back = ["here", "RUNNING", "gone", "gone", "gone", "here", "SUCCEEDED"]
+    assert submission._follow(Gone(comes_back), "j", "http://head") == 0
+    assert capsys.readouterr().out.count("a line") == 1
+    began = time.monotonic()
+    with pytest.raises(UserError, match="http://head has not answered for") as told:
+        submission._follow(Gone(["here", "RUNNING", *["gone"] * 1000]), "job-7", "http://head")
+    assert time.monotonic() - began < 10
+    assert "submit the same command to follow it again" in str(told.value) and "job-7" in str(told.value)
+
+
+QUIET = {"density.k": 5, "cluster.iterations": 60, "cluster.tolerance": 0.0}
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
+def answers(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Two machines, as far as Ray can tell, that want a token; what a client must have in its environment."""
-    token = tmp_path_factory.mktemp("token") / "auth_token"
+    folder = tmp_path_factory.mktemp("token")
+    token = folder / "auth_token"
     token.write_text("0123456789abcdef" * 4)
     port, api = free_port(), free_port()
     environment = {
@@ -210,16 +255,24 @@ def cluster(tmp_path_factory):
         for words in starts:
             # Both are on one machine, where the default port would be taken.
             agent = f"--dashboard-agent-listen-port={free_port()}"
-            process = subprocess.Popen(
-                [str(BIN / "ray"), "start", *words, agent],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            said = folder / f"{len(processes)}.log"
+            with said.open("w") as log:
+                process = subprocess.Popen(
+                    [str(BIN / "ray"), "start", *words, agent],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             processes.append(process)
-            time.sleep(8)
-            assert process.poll() is None
+            deadline = time.monotonic() + 90
+            while "Ray runtime started" not in said.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+                time.sleep(0.2)
+        # The Jobs API comes a little after.
+        while not answers(api):
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.2)
         api_address = f"http://127.0.0.1:{api}"
         yield {**environment, "RAY_API_SERVER_ADDRESS": api_address, "ADDRESS": f"127.0.0.1:{port}"}
     finally:
@@ -260,6 +313,45 @@ def test_a_command_is_submitted_followed_and_resumed(cluster, tmp_path):
     # Its own exit status and sentence come back.
     said = submitted(cluster, *words, "--set", "density.floor=0.5", status=1)
     assert "density.floor" in said and "another --run" in said
+
+
+def test_two_jobs_at_once_do_not_disturb_each_other(cluster, tmp_path):
+    """Each has its own picks, those that it has alone."""
+    rng = np.random.default_rng(1)
+    runs = []
+    for name in ("a", "b"):
+        x = unit(rng.normal(size=(3000, 16)))
+        np.save(tmp_path / f"{name}.npy", x)
+        words = ["select", "--embeddings", str(tmp_path / f"{name}.npy"), "--budget", "25"]
+        words += ["--run", str(tmp_path / name), "--set", "density.k=5", "--set", "resources.workers=1"]
+        words += ["--set", "cluster.iterations=60", "--set", "cluster.tolerance=0"]
+        runs.append((name, words, in_memory.select(x, 25, settings=QUIET).rows.tolist()))
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "selective_ray", "submit", *words],
+            env=cluster,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _, words, _ in runs
+    ]
+    for process, (name, _, expected) in zip(both, runs, strict=True):
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+        picks = Run(str(tmp_path / name)).read_shard("selection", 0)["image_id"].to_pylist()
+        assert picks == expected
+
+
+def test_of_two_writers_of_a_run_the_second_is_refused(cluster, tmp_path):
+    np.save(tmp_path / "x.npy", unit(np.random.default_rng(1).normal(size=(300, 16))))
+    run = Run(str(tmp_path / "run"))
+    run.prepare()
+    with Lease(run):
+        words = ["select", "--embeddings", str(tmp_path / "x.npy"), "--budget", "25", "--run", run.uri]
+        said = submitted(cluster, *words, status=1)
+    assert f"in use by process {os.getpid()}" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "embeddings").exists()
 
 
 def test_without_the_token_no_one_gets_in(cluster, tmp_path):

@@ -146,3 +146,39 @@ def test_folders_are_served(tmp_path):
         assert part["Body"].read() == large[7 : (2 << 20) + 1]
         with pytest.raises(ClientError):
             client.put_object(Bucket="images", Key="new", Body=b"x")
+
+
+def test_conditional_puts_and_deletes_of_many(endpoint):
+    client = s3.client(endpoint)
+    client.create_bucket(Bucket="conditional")
+    client.put_object(Bucket="conditional", Key="a", Body=b"first", IfNoneMatch="*")
+    with pytest.raises(ClientError) as refused:
+        client.put_object(Bucket="conditional", Key="a", Body=b"second", IfNoneMatch="*")
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 412
+    assert client.get_object(Bucket="conditional", Key="a")["Body"].read() == b"first"
+    for key in ("b", "c&d", "e"):
+        client.put_object(Bucket="conditional", Key=key, Body=b"x")
+    gone = {"Objects": [{"Key": "a"}, {"Key": "c&d"}, {"Key": "never"}]}
+    answer = client.delete_objects(Bucket="conditional", Delete=gone)
+    assert {one["Key"] for one in answer["Deleted"]} >= {"a", "c&d"}
+    assert [key for key, *_ in listed(client, "conditional")[0]] == ["b", "e"]
+
+
+def test_it_tells_what_it_has_sent():
+    import json
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    words = [sys.executable, str(BENCHMARKS / "s3_server.py"), "--port", "0", "--keys", "3"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            client = s3.client(server.stdout.readline().strip())
+            keys = [key for key, *_ in listed(client, "images")[0]]
+            for key in (*keys, keys[0]):
+                client.get_object(Bucket="images", Key=key)["Body"].read()
+            os.kill(server.pid, signal.SIGUSR1)
+            assert json.loads(server.stdout.readline()) == {"images": 4}
+        finally:
+            server.kill()

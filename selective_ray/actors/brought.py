@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from selective_ray import embeddings, listing
-from selective_ray.actors.images import shard_rows
 from selective_ray.actors.session import peak_memory
 from selective_ray.config import Config
 from selective_ray.errors import UserError
+from selective_ray.listing import shard_rows
 from selective_ray.progress import Reporter
 from selective_ray.schema import IMAGES, REJECTED, embeddings_schema, embeddings_table
 from selective_ray.store import Run, Shard, Stopwatch

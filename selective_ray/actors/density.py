@@ -195,6 +195,7 @@ class _Stage:
             cells, sampled = self._search(certified.image_ids)
             found = self._sampled(sampled, certified)
             reached = certificate.certify(found, certified.exact.sq_dists)
+            self.bar.tell("certified", recall=reached.recall)
             if settings.probes or reached.recall >= settings.recall or self.how.reach >= ivf.WHOLE_SPHERE:
                 break
             self.how = self._further(sample, centroids)
@@ -327,6 +328,8 @@ class _Stage:
         self.counted |= {(self.how.round, one.group) for one in new}
         if self.how.before is None:
             self.bar.advance(sum(one.rows for one in new))
+            for one in new:
+                self.bar.tell("group joined", group=one.group, rows=one.rows, groups=len(self.counted))
         self.memory = max([self.memory, *(one.memory for one in new)])
         self.products += sum(one.products for one in new)
 

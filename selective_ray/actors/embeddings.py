@@ -121,6 +121,13 @@ def embed(
             for embedded, rejected, shard_work in waves.shards():
                 finished[embedded.index] = (embedded, rejected)
                 work += shard_work
+                bar.tell(
+                    "shard written",
+                    shard=embedded.index,
+                    rows=embedded.rows,
+                    shards=len(finished),
+                    rejected=rejections.reasons.total(),
+                )
                 check()
                 stopwatch.note()
             steady = waves.busy_seconds
@@ -228,6 +235,8 @@ class Waves:
                     del ranges[value[0].index]
                     self.rejections.keep(value[0].index)
                     yield value
+            if not wave.ended_by_itself:
+                self.bar.tell(f"a wave was ended by {wave.ending}; the shards that are left come again")
             self.bar.advance(-sum(seen for seen, _ in self.rejections.open.values()))
             self.rejections.forget_open()
             for failed in wave.failed():

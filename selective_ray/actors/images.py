@@ -25,7 +25,7 @@ from selective_ray import listing
 from selective_ray.actors import since
 from selective_ray.actors.session import Session, cpus, in_order_of_arrival, peak_memory, unwrapped
 from selective_ray.config import Config
-from selective_ray.listing import Source, Task
+from selective_ray.listing import Source, Task, shard_rows
 from selective_ray.objects import Access
 from selective_ray.progress import Reporter
 from selective_ray.schema import IMAGES, LISTED
@@ -37,11 +37,6 @@ JOURNAL = "journal.json"
 # Rows of a piece between two of the uris by which pieces are put in order.
 MARK_ROWS = 2_000
 JOURNAL_SECONDS = 5.0
-
-
-def shard_rows(n: int, asked: int | None) -> int:
-    """Rows of a shard: about 64 shards, none so small that its overhead shows or too large to redo."""
-    return asked or min(65_536, max(256, -(-n // 64)))
 
 
 @dataclass(frozen=True)

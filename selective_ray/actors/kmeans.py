@@ -119,6 +119,14 @@ def cluster(
 
 def _say(bar: Watch, iteration: kmeans.Iteration) -> None:
     bar.advance(1)
+    bar.tell(
+        "iteration",
+        iteration=iteration.number,
+        objective=iteration.inertia,
+        shift=iteration.shift,
+        empty=iteration.empty,
+        share_of_distances=iteration.share,
+    )
     bar.say(
         f"mean squared distance {iteration.inertia:.4f}, shift {iteration.shift:.1e}, clusters of "
         f"{iteration.smallest:,} to {iteration.largest:,}"

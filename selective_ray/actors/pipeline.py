@@ -12,6 +12,7 @@ from selective_ray.actors.brought import bring_file, refer_to_run
 from selective_ray.actors.images import list_source
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.session import Session
+from selective_ray.actors.watching import watched
 from selective_ray.config import OF_NEIGHBORS, Config
 from selective_ray.density import possible_k
 from selective_ray.errors import UsageError, UserError
@@ -70,8 +71,13 @@ def advance(
     given = [path for path in (source.images, source.embeddings, source.since) if path and "://" not in path]
     encoder = config.embed.encoder
     given += [encoder] if learned.is_name(encoder) and "://" not in encoder else []
+    reporter.run = run.uri
     paths = [run.path(LEASE), config.embed.checkpoint, *(str(Path(path).absolute()) for path in given)]
-    with Lease(run, reporter.say) as lease, Session(address, paths) as session:
+    with (
+        Lease(run, reporter.say) as lease,
+        Session(address, paths) as session,
+        watched(run, reporter, config.resources),
+    ):
         if earlier:
             refer_to_run(run, earlier)
         elif source.embeddings:

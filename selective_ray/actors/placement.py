@@ -9,12 +9,7 @@ import ray
 from selective_ray.actors.session import cpus, gpus
 from selective_ray.config import Resources
 from selective_ray.errors import UserError
-from selective_ray.reading import AHEAD_BYTES
-
-# What a decoder takes besides the pixels that it passes on: its own libraries, and what it reads ahead.
-DECODE_MEMORY = 512 * 2**20 + AHEAD_BYTES
-# What a network and its activations take, where nothing else is asked for.
-ENCODE_MEMORY = 2 * 2**30
+from selective_ray.memory import decoder_bytes, encoder_bytes
 
 
 @dataclass(frozen=True)
@@ -28,11 +23,15 @@ class Placement:
     device: str
     encode_memory: float
     decode_memory: float
-    # CPUs of the cluster for which this was chosen.
+    # CPUs of the cluster for which this was chosen; and whether it grows as it is asked to.
     cpus: float
+    grows: bool = False
 
     def fits(self) -> bool:
         """Whether the cluster, if it has shrunk since, still has CPUs for all encoders and one decoder."""
+        if self.grows:
+            # What is lost comes again.
+            return True
         needed = self.encoders * self.encode_cpus + self.decode_cpus
         return ray.cluster_resources().get("CPU", 0.0) >= min(needed, self.cpus) - 1e-6
 
@@ -46,10 +45,16 @@ def place(resources: Resources) -> Placement:
     """Choose encoders and their share of the cluster.
 
     On GPUs: one encoder each, and every CPU decodes. Without: encoders and decoders share the CPUs, half a
-    logical CPU each, and whichever is behind gets the time.
+    logical CPU each, and whichever is behind gets the time. With `autoscale` as many as were asked for, and
+    where none were one, whatever is there.
     """
     there = ray.cluster_resources().get("CPU", 0.0)
     per_worker = gpus_each(resources)
+    if resources.autoscale:
+        shares = (0.1, 1.0) if per_worker > 0 else (0.5, 0.5)
+        memory = encoder_bytes(resources.memory), decoder_bytes()
+        device = "cuda" if per_worker > 0 else "cpu"
+        return Placement(resources.workers or 1, *shares, per_worker, device, *memory, there, grows=True)
     if per_worker > 0:
         encoders_ = resources.workers or max(1, int(gpus() / per_worker))
         shares = (0.1, min(1.0, cpus() - 0.1 * encoders_))
@@ -65,7 +70,7 @@ def gpus_each(resources: Resources) -> float:
     per_worker = resources.gpus_per_worker
     if per_worker is None:
         return 1.0 if gpus() else 0.0
-    if gpus() < per_worker:
+    if gpus() < per_worker and not resources.autoscale:
         raise UserError(
             f"resources.gpus_per_worker = {per_worker}, but the cluster has {gpus():g} GPUs; set it to 0"
         )
@@ -77,7 +82,7 @@ def _memory(resources: Resources, encoders_: int) -> tuple[float, float]:
 
     A process that states nothing is started beside others until the machine has no memory left.
     """
-    encode = ENCODE_MEMORY if resources.memory is None else resources.memory * 2**30
+    encode, decode = encoder_bytes(resources.memory), decoder_bytes()
     there = 0.9 * ray.cluster_resources().get("memory", 0.0)
-    less = min(1.0, there / (encoders_ * encode + cpus() * DECODE_MEMORY))
-    return encode * less, DECODE_MEMORY * less
+    less = min(1.0, there / (encoders_ * encode + cpus() * decode))
+    return encode * less, decode * less

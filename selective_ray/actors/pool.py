@@ -49,16 +49,21 @@ class Pool:
         assert embeddings is not None
         rows = [shard.rows for shard in embeddings.shards]
         each = gpus_each(self.resources)
+        grows = self.resources.autoscale
         count = min(self.resources.workers or (max(1, int(gpus() / each)) if each else cpus()), len(rows))
-        # More workers than GPUs share them: else some would wait for ever.
-        each = min(each, gpus() / count)
+        if not grows:
+            # More workers than GPUs share them: else some would wait for ever.
+            each = min(each, gpus() / count)
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
         memory = max(self.stated(sum(rows[shard] for shard in held), count) for held in self.held)
-        self._check_room(count, memory)
+        if not grows:
+            self._check_room(count, memory)
         # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.
-        self.share, self.room = min(1.0, cpus() / count), ray.cluster_resources().get("CPU", 0.0)
+        # On a cluster that grows what is lost comes again, and there is always room.
+        self.share = 1.0 if grows else min(1.0, cpus() / count)
+        self.room = 0.0 if grows else ray.cluster_resources().get("CPU", 0.0)
         self.actors = [
             ShardHolder.options(num_cpus=self.share, num_gpus=each, memory=memory).remote(
                 *(self.run, held, [rows[shard] for shard in held], ends[held[0]], ends[-1], dtype)

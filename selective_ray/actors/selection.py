@@ -126,6 +126,7 @@ def select(
 
         def watch(words: str) -> None:
             bar.advance(1)
+            bar.tell(f"{method.UNITS} so far", done=bar.done)
             if words:
                 bar.say(words)
             check()

@@ -31,6 +31,8 @@ ADDRESS = "http://127.0.0.1:8265"
 RECONNECT_SECONDS = 3.0
 # A head that has just been started has no agent yet that could start a job.
 PATIENCE_SECONDS = 120.0
+# A cluster that does not answer for so long is not waited for.
+GONE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def submit(words: list[str], address: str | None, say: Callable[[str], None], *,
         say(f"submitted as job {job}")
     for line in _hints(job, address):
         say(line)
-    return _follow(client, job) if wait else 0
+    return _follow(client, job, address) if wait else 0
 
 
 def _start(client: JobSubmissionClient, packed: Packed, attempt: int) -> str:
@@ -128,18 +130,28 @@ def _hints(job: str, address: str) -> list[str]:
     ]
 
 
-def _follow(client: JobSubmissionClient, job: str) -> int:
-    """Print the log until the job ends, over lost connections; returns the exit status of its command."""
-    printed = 0
+def _follow(client: JobSubmissionClient, job: str, address: str) -> int:
+    """Print the log until the job ends, over lost connections; returns the exit status of its command.
+
+    Raises UserError where the job fails, or the cluster is gone for GONE_SECONDS.
+    """
+    printed, answered = 0, time.monotonic()
     while True:
         try:
             printed = asyncio.run(_print_log(client, job, printed))
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 break
-        except (ConnectionError, RuntimeError, OSError, aiohttp.ClientError):
+            answered = time.monotonic()
+        except (ConnectionError, RuntimeError, OSError, aiohttp.ClientError) as error:
             # The head, or the way to it, is gone for now; the job may not be.
-            pass
+            if time.monotonic() - answered > GONE_SECONDS:
+                raise UserError(
+                    f"the cluster at {address} has not answered for {GONE_SECONDS:.0f} s "
+                    f"({first_line(error)}); where it is there, job {job} goes on: open the way to it and "
+                    "submit the same command to follow it again. Where it is gone, submit it to another: the "
+                    "run goes on where it was"
+                ) from None
         time.sleep(RECONNECT_SECONDS)
     if info.status == JobStatus.SUCCEEDED:
         return 0

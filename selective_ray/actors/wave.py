@@ -356,7 +356,10 @@ class Wave:
             Encode,
             fn_constructor_args=(spec, placement.device),
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=placement.encoders),
+            # Where machines come one after the other, the first begins.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1 if placement.grows else placement.encoders, max_size=placement.encoders
+            ),
             num_cpus=placement.encode_cpus,
             num_gpus=placement.gpus,
             memory=placement.encode_memory,
