@@ -12,7 +12,7 @@ from test_cli import ask, refused
 from test_report import make
 
 import selective_ray
-from selective_ray import active, comparing, evaluation, paired
+from selective_ray import active, comparison, evaluation, paired
 from selective_ray.paired import difference, equal_budget
 
 # Statistics
@@ -157,10 +157,10 @@ def test_all_methods_end_to_end(run, world, monkeypatch):
     # Three methods at two budgets, and random picks at 32; 64 is more than a quarter of all.
     assert len(made) == 3 * (3 * 2 + 1)
     found = compare(run, *words)
-    methods = len(comparing.METHOD_KEYS) + len(active.METHODS)
+    methods = len(comparison.METHODS)
     assert len(made) == 3 * (2 * methods + 1)
     assert {(one["method"], one["budget"]) for one in found["methods"]} == {
-        (method, budget) for method in (*comparing.METHOD_KEYS, *active.METHODS) for budget in (8, 16)
+        (method, budget) for method in comparison.METHODS for budget in (8, 16)
     }
     both = {(one["method"], one["budget"]): one for one in found["methods"]}
     for one in first["methods"]:

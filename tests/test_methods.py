@@ -256,7 +256,8 @@ def test_in_memory_every_method_gives_the_budget():
     x = blobs(4, n=200)
     labels = list("abcd" * 50)
     found = {}
-    for method in METHOD_KEYS:
+    # The clusters of usl-t are trained on images.
+    for method in METHOD_KEYS.keys() - {"usl-t"}:
         options = {"selection.method": method, "density.k": 5}
         given = labels if method == "stratified" else None
         rows = selective_ray.select(x, 9, settings=options, labels=given).rows
