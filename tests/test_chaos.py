@@ -45,7 +45,7 @@ def test_what_is_lost_or_changed_is_told(tmp_path):
             "images": pa.table({"image_id": [0, 1, 2, 3]}),
             "embeddings": embeddings_table(np.array(ids), x, embeddings_schema(3, "float32")),
             "rejected": pa.table({"image_id": [3], "uri": ["3.png"], "reason": ["x"]}, REJECTED),
-            "selection": selection_schema("mean_sq_dist").empty_table(),
+            "selection": selection_schema("mean").empty_table(),
         }
         for table, content in contents.items():
             run.begin(table, {}, {})
