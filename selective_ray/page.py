@@ -48,7 +48,16 @@ METHODS = {
     "before is near.",
     "max-herding": "One after the other, each was the image that brought most others nearer to a chosen one.",
 }
-# What their utility is, and that of the methods that do.
+# What a cluster gives with the methods that do.
+OF_CLUSTERS = {
+    "usl": "the image that the most others look like",
+    "k-medoid": "the image in its middle",
+    "prototypes": "the image in its middle; then images were swapped for others wherever all images together "
+    "then look more like one that was chosen",
+    "typiclust": "the image that is nearest to the others of its group",
+    "usl-t": "the image that stands for it best, by a network that learned the groups",
+}
+# What the utility of a pick is.
 UTILITIES = {
     "usl": "what was maximized: density less weighted repulsion",
     "k-medoid": "the share of all images to which no other pick is nearer",
@@ -215,17 +224,12 @@ def _summary(facts: Facts) -> str:
         f"each of the {m - before:,} largest without an earlier one" if before or marked else "each group"
     )
     method = facts.setting("selection", "method", "usl")
-    given = {
-        "usl": "the image that the most others look like"
-        + (", passing over those close to what other groups gave" if apart else ""),
-        "k-medoid": "the image in its middle",
-        "prototypes": "the image in its middle; then images were swapped for others wherever all images "
-        "together then look more like one that was chosen",
-        "typiclust": "the image that is nearest to the others of its group",
-    }
+    given = OF_CLUSTERS.get(method, "")
+    if method == "usl" and apart:
+        given += ", passing over those close to what other groups gave"
     how = METHODS.get(method) or (
         f"The images were sorted by what they show into {_amount(groups, 'group')}, and {giving} gave "
-        f"{given[method]}."
+        f"{given}."
     )
     return f'<p class="lead">{chosen} {how} {_headline(facts.coverage)}</p>'
 

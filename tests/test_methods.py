@@ -19,6 +19,7 @@ from selective_ray import (
     greedy,
     max_herding,
     methods,
+    page,
     probcover,
     random_picks,
     rdss,
@@ -271,6 +272,11 @@ def test_in_memory_every_method_gives_the_budget():
         selective_ray.select(x, 9, settings={"selection.method": "stratified"}, labels=labels[:5])
 
 
+def test_the_page_has_words_for_every_method():
+    assert METHOD_KEYS.keys() == page.METHODS.keys() | page.OF_CLUSTERS.keys() == page.UTILITIES.keys()
+    assert METHOD_KEYS.keys() == METHODS.keys()
+
+
 # On Ray
 
 
@@ -316,8 +322,8 @@ def test_the_command_picks_what_the_library_picks(vectors, base):
     library, table = expected(vectors, "max-herding"), read(base, "selection")
     assert table["image_id"].to_pylist() == library.rows.tolist()
     assert table["utility"].to_numpy() == pytest.approx(library.utilities, rel=1e-6)
-    page = (base / "report" / "index.html").read_text()
-    assert "brought most others nearer" in page and "oracle" not in page
+    words = (base / "report" / "index.html").read_text()
+    assert "brought most others nearer" in words and "oracle" not in words
 
 
 @pytest.mark.parametrize("workers", [1, 3])
