@@ -457,7 +457,9 @@ def _default(key: str) -> Any:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    # A key without its section is meant before one that looks like it.
+    close = [key for key in known if key.endswith(f".{word}")][:1]
+    close = close or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -299,8 +299,49 @@ def test_presets_of_training_carry_the_published_constants(name):
     assert train.momentum == 0.9 and train.warmup == (20_020 if name == "fixmatch-imagenet-eman" else 0)
 
 
+# Steps are epochs of whole batches: 50,000 or 1,281,167 images by the batch.
+LEARNED = {
+    "simclr-cifar10": ("simclr", "cifar-resnet18", 500 * (50_000 // 512), 512, 0.1, 0.4, 1e-4, 0.0),
+    "moco-v2-imagenet": ("moco", "resnet50", 200 * (1_281_167 // 256), 256, 0.2, 0.03, 1e-4, 0.5),
+    "cld-cifar10": ("cld", "cifar-resnet18", 200 * (50_000 // 256), 256, 0.07, 0.06, 8e-4, 0.5),
+    "cld-cifar100": ("cld", "cifar-resnet18", 200 * (50_000 // 128), 128, 0.07, 0.03, 7e-4, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learning_presets_carry_the_published_constants(name):
+    how = load(preset=name)[0].pretrain
+    assert LEARNED[name] == (
+        *(how.method, how.network, how.steps, how.batch),
+        *(how.recipe()["temperature"], how.recipe()["lr"], how.weight_decay, how.blur),
+    )
+
+
+CLUSTERED = {
+    "usl-t-cifar10": ("trained", "linear", None, 200 * 48, 1024, 0.95, 5.0, 5.0, 0.25, "count", False, None),
+    "usl-t-cifar100": ("trained", "linear", None, 200 * 48, 1024, 0.95, 5.0, 5.0, 0.25, "count", True, None),
+    "usl-t-imagenet100": ("frozen", "cosine", None, 100 * 61, 2048, 0, 0.5, 2.5, 0.5, "renorm", True, 124),
+    "usl-t-imagenet": ("frozen", "cosine", 3_000, 10 * 625, 2048, 0, 0.5, 2.5, 0.5, "none", True, 1250),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERED)
+def test_presets_of_trained_clusters_carry_the_published_constants(name):
+    settings = load(preset=name)[0]
+    how = settings.usl_t
+    assert settings.selection.method == "usl-t" and settings.density.keep_neighbors
+    assert CLUSTERED[name] == (
+        *(how.network, how.heads, how.clusters, how.steps, how.batch, how.threshold, how.local_weight),
+        *(how.adjustment, how.temperature, how.reweight, how.mean_of_all, how.repair_after),
+    )
+    assert (how.pick, how.confidence_of_all) == {
+        "usl-t-cifar10": ("confidence", True),
+        "usl-t-cifar100": ("confidence", False),
+    }.get(name, ("density", True))
+
+
 def test_these_are_all_presets():
-    assert set(PRESETS) == set(PUBLISHED) | set(TRAINED)
+    assert set(PRESETS) == set(PUBLISHED) | set(TRAINED) | set(LEARNED) | set(CLUSTERED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
