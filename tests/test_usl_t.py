@@ -1,5 +1,6 @@
 """USL-T: its losses by hand, its clusters and picks through the command, and labels that are passed on."""
 
+import copy
 import io
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_pretrain import alone
-from test_training import paint, without_speed
+from test_training import paint
 from torch import distributed, nn
 from torch.nn import functional as F
 
@@ -166,6 +167,19 @@ def test_two_workers_take_the_steps_of_one(tmp_path):
         assert (alone.heads.weight - begun.heads.weight).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_learner_continues_from_its_state_to_the_bit(trained):
+    one, other = learner(trained), learner(trained)
+    for t in range(5):
+        take(one, t)
+    other.load(copy.deepcopy(one.state()))
+    for t in range(5, 8):
+        assert [float(v) for v in take(one, t)] == [float(v) for v in take(other, t)]
+    for name, value in one.learning.state_dict().items():
+        assert torch.equal(value, other.learning.state_dict()[name]), name
+    assert torch.equal(one.prior, other.prior) and torch.equal(one.sizes, other.sizes)
+
+
 # Through the stages
 
 SMALL = {
@@ -224,17 +238,14 @@ def test_the_densest_of_each_trained_cluster_is_picked(run):
     assert told[-1]["step"] == 12 and 0 < told[-1]["clusters_used"] <= 5
 
 
-def test_any_shards_and_an_interruption_give_the_same_picks(run, images, tmp_path):
-    other = selected(
-        images, tmp_path / "run", upto="density", **{"resources.shard_rows": 13, "resources.workers": 2}
-    )
-    selected(images, tmp_path / "run", upto="clusters", **{"resources.workers": 1})
-    selected(images, tmp_path / "run")
+def test_any_shards_give_the_same_picks(run, images, tmp_path):
+    """Embeddings differ in the last bits by their place in a batch, and so do the heads begun from them."""
+    other = selected(images, tmp_path / "run", **{"resources.shard_rows": 13, "resources.workers": 2})
     for table in ("clusters", "selection"):
         mine, theirs = columns(run, table), columns(other, table)
         assert all(np.array_equal(mine[key], theirs[key]) for key in ("image_id", "cluster_id"))
-    lines = [without_speed(Training(one, NAME).metrics()) for one in (run, other)]
-    assert lines[0] == lines[1]
+    losses = [[line["loss"] for line in Training(one, NAME).metrics()] for one in (run, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_trained_network_and_picks_by_confidence(two_cpus, images, tmp_path):
@@ -270,13 +281,13 @@ def test_a_trained_network_and_picks_by_confidence(two_cpus, images, tmp_path):
 
 
 def test_pairs_are_of_neighbors(run):
-    plan = Pairs(run, 91, np.array([0]), 40, 5, 3)
+    plan = Pairs(run, 91, np.array([30]), 40, 5, 3)
     near = columns(run, "neighbors")
     of = dict(zip(near["image_id"].tolist(), near["neighbors"].tolist(), strict=True))
     seen = 0
     for t in range(6):
         ids, neighbors = np.split(plan.step(t), 2)
-        assert 0 not in ids
+        assert 30 not in ids
         for image, neighbor in zip(ids.tolist(), neighbors.tolist(), strict=True):
             others = [i for i in of[image] if i != image][:5]
             assert neighbor == image or neighbor in others
