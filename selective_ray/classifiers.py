@@ -24,21 +24,21 @@ _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "trunk.")
 _HEADS = ("fc.", "linear.", "head.", "contrastive_head.", "groupDis.", "projector.", "predictor.")
 
 
-def check_name(name: str) -> None:
-    """Raise UsageError where no network has this name."""
+def check_name(name: str, key: str = "train.network") -> None:
+    """Raise UsageError where no network has this name, which a key of the configuration gives."""
     wide = _WIDE.fullmatch(name)
     if wide and (int(wide[1]) - 4) % 6 == 0 and int(wide[1]) >= 10 and int(wide[2]) >= 1:
         return
     if name not in (*TORCHVISION, "cifar-resnet18", "small-resnet"):
         raise UsageError(
-            f"network {name!r} is not known; there are wrn-28-2 and other wrn-DEPTH-WIDTH of depth "
+            f"{key} = {name!r} is not known; there are wrn-28-2 and other wrn-DEPTH-WIDTH of depth "
             f"6 n + 4, cifar-resnet18, small-resnet, {', '.join(TORCHVISION)}"
         )
 
 
-def build(name: str, classes: int) -> nn.Module:
+def build(name: str, classes: int, key: str = "train.network") -> nn.Module:
     """Build a network with random weights, drawn from torch's global generator."""
-    check_name(name)
+    check_name(name, key)
     if wide := _WIDE.fullmatch(name):
         return WideResNet(int(wide[1]), int(wide[2]), classes)
     if name == "cifar-resnet18":
@@ -60,7 +60,7 @@ def trunk(name: str, image_size: int) -> tuple[nn.Module, int]:
 
         network = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=image_size)
         return network, network.num_features
-    network = build(name, 1)
+    network = build(name, 1, "pretrain.network")
     last = _head(network).removesuffix(".")
     width = network.get_submodule(last).in_features
     network.set_submodule(last, nn.Identity())

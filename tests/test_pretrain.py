@@ -233,7 +233,7 @@ def test_bad_input(two_cpus, images, tmp_path):
         taught(images, tmp_path / "run", **{"pretrain.batch": 500, "pretrain.queue": 500})
     with pytest.raises(UserError, match="must hold the keys of a step"):
         config.load(options={"pretrain.queue": 10})
-    with pytest.raises(UserError, match="network 'resnet19' is not known"):
+    with pytest.raises(UserError, match=r"pretrain\.network = 'resnet19' is not known"):
         taught(images, tmp_path / "run", **{"pretrain.network": "resnet19"})
 
 
