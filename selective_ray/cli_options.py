@@ -80,7 +80,8 @@ ConfigFile = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice (default 0).")]
 Encoder = Annotated[
-    str | None, typer.Option("--encoder", help="torchvision network, or pca (default resnet50).")
+    str | None,
+    typer.Option("--encoder", help="Network by name, a run of `pretrain`, or pca (default resnet50)."),
 ]
 Checkpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="Weights of the encoder, in place of the published ones.")

@@ -70,7 +70,10 @@ def advance(
     # A checkpoint that came with a job lies where each process of the job works; the others do not move.
     given = [path for path in (source.images, source.embeddings, source.since) if path and "://" not in path]
     encoder = config.embed.encoder
-    given += [encoder] if learned.is_name(encoder) and "://" not in encoder else []
+    if source.images and learned.is_name(encoder):
+        # Before any work: there may be none.
+        learned.find(encoder, access)
+        given += [encoder] if "://" not in encoder else []
     reporter.run = run.uri
     paths = [run.path(LEASE), config.embed.checkpoint, *(str(Path(path).absolute()) for path in given)]
     with (
