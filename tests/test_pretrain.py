@@ -122,17 +122,6 @@ def test_a_collapse_is_said(tmp_path):
     assert len(said) == 1 and "the features have collapsed" in said[0]
 
 
-def test_interrupted_it_ends_in_the_same_weights(run, images, tmp_path):
-    other, options = Run(str(tmp_path / "run")), {"pretrain.method": "cld"}
-    # 8 is between two evaluations.
-    for until in (8, None):
-        taught(images, other.root, until=until, known="folders", **options)
-    (step, mine), (_, theirs) = weights(run), weights(other)
-    assert step == 12 and all(torch.equal(mine[key], theirs[key]) for key in mine)
-    lines = [without_speed(Training(one, "pretrain").metrics()) for one in (run, other)]
-    assert lines[0] == lines[1]
-
-
 def test_the_run_is_an_encoder(run, images, tmp_path):
     """By its name in `embed`, the same by its weights wherever it is moved to."""
     name = f"{run.uri}/training/pretrain"
@@ -234,12 +223,14 @@ def test_bad_input(two_cpus, images, tmp_path):
 
 @pytest.mark.faults
 def test_a_killed_worker_costs_steps_and_not_the_training(two_cpus, images, tmp_path):
-    options = {"pretrain.steps": 120, "pretrain.checkpoint_every": 20, "pretrain.method": "moco"}
+    options = {"pretrain.steps": 120, "pretrain.checkpoint_every": 20, "pretrain.method": "cld"}
+    # Some evaluations fall on a checkpoint, and some between two.
+    options["pretrain.evaluate_every"] = 30
     reporter = Reporter(quiet=True)
-    taught(images, tmp_path / "whole", **options)
+    taught(images, tmp_path / "whole", known="folders", **options)
     one = Training(Run(str(tmp_path / "killed")), "pretrain")
     with killer("ray::RayTrainWorker", lambda: len(one.checkpoints()) >= 2) as killed:
-        done, _ = taught(images, one.run.root, reporter=reporter, **options)
+        done, _ = taught(images, one.run.root, reporter=reporter, known="folders", **options)
     assert killed and done is not None
     assert any("goes on from step" in words for words in reporter.warnings)
     whole = Training(Run(str(tmp_path / "whole")), "pretrain")
