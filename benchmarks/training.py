@@ -177,14 +177,7 @@ def learned(
     torch.manual_seed(settings.seed)
     network = classifiers.build(settings.train.network, len(classes))
     learner = fixmatch.Learner(network, fixmatch.Recipe(**settings.train.recipe()))
-    for t in range(settings.train.steps):
-        ids = plan.step(t)
-        weak = batches.draws(plan.seed, t, plan.slots, augment.WEAK_DRAWS, batches.WEAK)
-        strong = batches.draws(plan.seed, t, plan.slots, augment.STRONG_DRAWS, batches.STRONG)
-        known, rest = np.split(ids, [plan.labeled])
-        targets = np.array([classes.index(names[i]) for i in known], np.int64)
-        sizes = plan.labeled, plan.unlabeled
-        learner.step(t, pixels[known], targets, pixels[rest], (weak, strong[plan.labeled :]), sizes)
+    fixmatch.fit(learner, pixels, np.array([classes.index(names[row]) for row in rows]), plan)
     answers = learner.probabilities(others).argmax(axis=1)
     return float(np.mean([classes[a] == true for a, true in zip(answers, truth, strict=True)]))
 

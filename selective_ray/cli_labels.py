@@ -302,6 +302,12 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many seeds: 0, 1, …", min=1)] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds in which active learning buys its labels.", min=1)] = 5,
     sample: Annotated[int, typer.Option(help="Compare on so many labeled images at most.", min=100)] = 50_000,
+    fixmatch: Annotated[
+        bool,
+        typer.Option(
+            "--fixmatch", help="Train FixMatch on the labels of each selection, too (--set train.steps=…)."
+        ),
+    ] = False,
     assignments: Set = None,
     endpoint_url: EndpointUrl = None,
     as_json: Json = False,
@@ -316,6 +322,7 @@ def compare(
         plan = comparison.Plan(
             *(labels, names, tuple(numbers(budgets)), seeds, rounds, sample),
             set=tuple(assignments or ()),
+            fixmatch=fixmatch,
         )
         found = comparing.compare(existing(run, endpoint_url), plan, reporter)
         answer(comparison.as_json(found), comparison.lines(found), as_json, reporter)

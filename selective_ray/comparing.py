@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from selective_ray import active, comparison_page, config, density, evaluation, in_memory, judging, truth
+from selective_ray import (
+    active,
+    checkpoints,
+    comparison_page,
+    config,
+    density,
+    evaluation,
+    in_memory,
+    judging,
+    truth,
+)
 from selective_ray.comparison import AGAINST, SEES_LABELS, Cell, Compared, Plan
 from selective_ray.config import METHOD_KEYS, Config
 from selective_ray.errors import UsageError, UserError, named
@@ -27,6 +37,7 @@ from selective_ray.memory import peak_memory
 from selective_ray.progress import Reporter
 from selective_ray.schema import COMPARISON
 from selective_ray.store import Run, fingerprint
+from selective_ray.trial import Trial
 from selective_ray.truth import Truth
 
 OF_CLUSTERS = ("usl", "prototypes", "k-medoid", "typiclust")
@@ -50,7 +61,7 @@ def compare(run: Run, plan: Plan, reporter: Reporter) -> Compared:
         raise UserError(f"{run.uri} has no finished embeddings; run `selective-ray embed` on it first")
     ground = _Ground(run, plan, truth.read([run], plan.labels), reporter)
     with Lease(run, reporter.say) as lease:
-        cells, wanted = [], list(_wanted(plan, len(ground.image_ids)))
+        cells, picks, wanted = [], {}, list(_wanted(plan, len(ground.image_ids)))
         kept = {key: run.read_json("comparison", "cells", f"{key}.json") for key in map(ground.key, wanted)}
         done = sum(one is not None for one in kept.values())
         with reporter.stage("compare", len(wanted), "selections", done) as bar:
@@ -62,6 +73,11 @@ def compare(run: Run, plan: Plan, reporter: Reporter) -> Compared:
                     bar.advance(1)
                     lease.check()
                 cells.append(Cell(*one, found["figures"], found["seconds"]))
+                picks[one] = np.array(found["image_ids"], np.int64)
+        if plan.fixmatch:
+            trained = {one: picks[one] for one in wanted if one[1] in plan.budgets}
+            for cell, accuracy in _trained(ground, trained, reporter, lease.check).items():
+                cells[wanted.index(cell)].figures["fixmatch"] = accuracy
         found = Compared(
             *(
                 run.uri,
@@ -83,6 +99,30 @@ def compare(run: Run, plan: Plan, reporter: Reporter) -> Compared:
             summary={"images": found.images, "compared": found.compared, "made": len(wanted) - done},
         )
         run.write_bytes(comparison_page.render(found).encode(), "comparison", "index.html")
+    return found
+
+
+def _trained(
+    ground: _Ground, picks: dict[tuple[str, int, int], np.ndarray], reporter: Reporter, check: Any
+) -> dict[tuple[str, int, int], float]:
+    """Train FixMatch on the labels of every cell's picks, image ids int64 [m]; returns the accuracies."""
+    how, run = ground.config.train, ground.run
+    without = {"evaluate_every", "checkpoint_every", "propagate"}
+    what = how.model_dump(exclude=without)
+    if how.checkpoint:
+        what["checkpoint"] = checkpoints.sha256(how.checkpoint, run.access)
+    keys = {one: fingerprint("fixmatch", {"cell": ground.key(one), "train": what}, {}) for one in picks}
+    kept = {one: run.read_json("comparison", "fixmatch", f"{key}.json") for one, key in keys.items()}
+    found = {one: answer["accuracy"] for one, answer in kept.items() if answer is not None}
+    with reporter.stage("fixmatch", len(picks), "trainings", len(found)) as bar:
+        for one, image_ids in picks.items():
+            if one not in found:
+                rows = np.searchsorted(ground.image_ids, image_ids)
+                found[one] = ground.trial.accuracy(rows, one[2], check)
+                answer: dict[str, Any] = dict(zip(("method", "budget", "seed"), one, strict=True))
+                answer["accuracy"] = found[one]
+                run.write_json(answer, "comparison", "fixmatch", f"{keys[one]}.json")
+                bar.advance(1)
     return found
 
 
@@ -138,7 +178,7 @@ class _Ground:
             )
             ids = np.sort(np.random.default_rng(0).choice(ids, plan.sample, replace=False))
         self.image_ids = ids
-        self.config, asked = _settings(run, plan.set)
+        self.config, asked = _settings(run, plan.set, plan.fixmatch)
         self.k, lowered = density.possible_k(
             *(self.config.density.k, len(ids), self.config.density.include_self, "density.k" in asked)
         )
@@ -214,6 +254,14 @@ class _Ground:
             evaluation.graph(evaluation.graph_neighbors(rows.x)),
         )
 
+    @cached_property
+    def trial(self) -> Trial:
+        """What classifiers are trained and judged on: the images themselves."""
+        how, cache = self.config.train, self.config.resources.cache * 2**30
+        self.reporter.say(f"fixmatch: reading {len(self.image_ids):,} images, {how.steps:,} steps a training")
+        labels = self.truth.of(self.run, self.image_ids)
+        return Trial(self.run, self.image_ids, labels, how, cache)
+
 
 # What is taken over from a run; neighbors are searched exactly here.
 SETTINGS = {
@@ -223,14 +271,16 @@ SETTINGS = {
 }
 
 
-def _settings(run: Run, assignments: Sequence[str]) -> tuple[Config, set[str]]:
+def _settings(run: Run, assignments: Sequence[str], fixmatch: bool) -> tuple[Config, set[str]]:
     """Return the configuration that a run was made with, where it is known, under what is asked for now."""
     given = {assignment.partition("=")[0].strip() for assignment in assignments}
     known = {f"{section}.{key}" for section, keys in SETTINGS.items() for key in keys}
+    if fixmatch:
+        known |= {f"train.{key}" for key in config.Train.model_fields} - {"train.propagate"}
     if other := sorted(given - known):
         raise UsageError(
             f"compare does not take {named(other, ', ')}; --set is for keys of [density], [cluster] and "
-            "[selection] that methods share"
+            "[selection] that methods share, and with --fixmatch for those of [train]"
         )
     asked: dict[str, Any] = {}
     for table, section in (("density", "density"), ("clusters", "cluster"), ("selection", "selection")):

@@ -30,7 +30,8 @@ MAIN = ("linear_probe", "label_propagation")
 @dataclass(frozen=True)
 class Plan:
     """What is compared: methods, budgets ascending, seeds 0, 1, …; active learning in so many rounds, on so
-    many images at most. set: `section.key=value` over what the run was made with."""
+    many images at most. set: `section.key=value` over what the run was made with. fixmatch: whether a
+    classifier is trained on the labels of every selection and on all other images."""
 
     labels: str | None
     methods: tuple[str, ...]
@@ -39,6 +40,7 @@ class Plan:
     rounds: int
     sample: int
     set: tuple[str, ...] = ()
+    fixmatch: bool = False
 
     def check(self) -> None:
         """Raise UsageError where no comparison can be that."""
@@ -97,13 +99,18 @@ class Compared:
 
     def equal_budget(self, method: str, budget: int, figure: str) -> Equal:
         """Find the budget at which random picks reach a figure of a method."""
-        tried = self.random_budgets()
+        tried = self.random_budgets(figure)
         random = np.stack([self.values("random", one, figure) for one in tried])
         return equal_budget(self.values(method, budget, figure), np.array(tried, np.float64), random)
 
-    def random_budgets(self) -> list[int]:
-        """Return the budgets that random picks were judged at, ascending."""
-        return sorted({cell.budget for cell in self.cells if cell.method == "random"})
+    def random_budgets(self, figure: str) -> list[int]:
+        """Return the budgets that random picks were judged at by a figure, ascending."""
+        return sorted({c.budget for c in self.cells if c.method == "random" and figure in c.figures})
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """The figures that a buyer of labels looks at first."""
+        return (*MAIN, "fixmatch") if self.plan.fixmatch else MAIN
 
     def ranked(self) -> list[str]:
         """Return the methods by the mean of linear probe and label propagation, over budgets; best first."""
@@ -132,7 +139,7 @@ def as_json(found: Compared) -> dict[str, Any]:
                 for other in AGAINST
                 if other != method
             }
-            equal = {name: found.equal_budget(method, budget, name) for name in MAIN}
+            equal = {name: found.equal_budget(method, budget, name) for name in found.main}
             methods.append(
                 {
                     "method": method,
@@ -166,10 +173,10 @@ def _told(found: Difference) -> dict[str, Any]:
 
 
 def lines(found: Compared) -> Iterator[str]:
-    """Tell a person what came out: a table for each budget and each of the two main figures."""
+    """Tell a person what came out: a table for each budget and each main figure."""
     yield f"images     {found.compared:,} of {found.images:,}, {found.classes:,} classes, from {found.source}"
     yield f"seeds      {found.plan.seeds}; intervals hold {100 * LEVEL:.0f} %, over seeds"
-    for figure in MAIN:
+    for figure in found.main:
         for budget in found.plan.budgets:
             yield ""
             title = f"{FIGURES[figure]}, {budget:,} labels"
@@ -182,7 +189,7 @@ def lines(found: Compared) -> Iterator[str]:
                     written(found.difference(method, other, budget, figure)) if method != other else ""
                     for other in AGAINST
                 ]
-                equal = needs(found.equal_budget(method, budget, figure), found.random_budgets())
+                equal = needs(found.equal_budget(method, budget, figure), found.random_budgets(figure))
                 yield (
                     f"{name:<17}{shown(figure, float(values.mean()), deviation(values)):>17}"
                     f"{cells[0]:>25}{cells[1]:>25}{'' if method == 'random' else equal:>22}"

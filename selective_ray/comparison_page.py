@@ -17,7 +17,7 @@ def render(found: Compared) -> str:
     """Draw the page."""
     sections = [
         ("summary", "What came out", _summary(found)),
-        *((name, FIGURES[name].capitalize(), _figure(found, name)) for name in MAIN),
+        *((name, FIGURES[name][0].upper() + FIGURES[name][1:], _figure(found, name)) for name in found.main),
         ("others", "Other figures", _others(found)),
         ("how", "How it was measured", _how(found)),
     ]
@@ -81,7 +81,7 @@ def _saving(found: Compared, method: str) -> str:
     if apart.noise:
         return f"{words}, inside the noise."
     equal = found.equal_budget(method, budget, figure)
-    tried = found.random_budgets()
+    tried = found.random_budgets(figure)
     times = "" if not np.isfinite(equal.budget) else f", {equal.budget / budget:.1f} times as many"
     return f"{words}. Random picks need {needs(equal, tried)} labels for that{times}."
 
@@ -127,7 +127,7 @@ def _figure(found: Compared, figure: str) -> str:
         f'<p class="note">Mean difference over the same seeds, its {100 * LEVEL:.0f} % interval, and how '
         f"many seeds were won and lost. {_marks(found)}</p>"
     )
-    tried = found.random_budgets()
+    tried = found.random_budgets(figure)
     rows = []
     for method in methods:
         if method == "random":
@@ -153,7 +153,7 @@ def _figure(found: Compared, figure: str) -> str:
 
 def _curves(found: Compared, figure: str) -> str:
     """Draw each method beside random picks."""
-    tried = found.random_budgets()
+    tried = found.random_budgets(figure)
     random = [found.values("random", budget, figure) for budget in tried]
     rivals = [
         Rival(
@@ -169,7 +169,7 @@ def _curves(found: Compared, figure: str) -> str:
 
 
 def _others(found: Compared) -> str:
-    names = [name for name in FIGURES if name not in MAIN]
+    names = [name for name in FIGURES if name not in (*found.main, "fixmatch")]
     heads = ("method", *(FIGURES[name] for name in names), "seconds")
     parts = []
     for budget in found.plan.budgets:
@@ -190,6 +190,17 @@ def _others(found: Compared) -> str:
     return "\n".join(parts) + f'<p class="note">{note}{_marks(found)}</p>'
 
 
+def _trained(found: Compared) -> list[str]:
+    if not found.plan.fixmatch:
+        return []
+    asked = ", ".join(word for word in found.plan.set if word.startswith("train.")) or "as `train` does"
+    return [
+        "FixMatch was trained once for each selection, on the labels of its picks and on the pixels of all "
+        f"{found.compared:,} images, with equal steps for all methods ({escape(asked)}); it "
+        "had to tell the images that were not picked. More of a training than of a linear probe is chance.",
+    ]
+
+
 def _how(found: Compared) -> str:
     part = (
         "all that have a label" if found.compared == found.labeled else "drawn from those that have a label"
@@ -203,7 +214,8 @@ def _how(found: Compared) -> str:
         "seeds from these: it says how far other seeds may go, on these images and with this encoder, and "
         "nothing about other images.",
         "How many labels random picks need is read off their mean curve, linear in the logarithm of the "
-        f"number of labels, at {', '.join(f'{budget:,}' for budget in found.random_budgets())} labels.",
+        f"number of labels, at {', '.join(f'{b:,}' for b in found.random_budgets(MAIN[0]))} labels.",
+        *_trained(found),
         "All single values are in comparison/ of the run, as Parquet.",
     ]
     return "".join(f"<p>{sentence}</p>" for sentence in words)

@@ -15,12 +15,13 @@ ACCURACIES = {
 }
 FIGURES = {
     **ACCURACIES,
+    "fixmatch": "FixMatch",
     "coverage": "coverage",
     "classes": "classes with a pick",
     "spread": "spread of class counts",
 }
 # Between 0 and 1.
-SHARES = (*ACCURACIES, "coverage")
+SHARES = (*ACCURACIES, "fixmatch", "coverage")
 
 
 def deviation(values: Sequence[float]) -> float | None:

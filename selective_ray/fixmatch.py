@@ -10,7 +10,7 @@ Everything here is of one process; where torch.distributed runs, it is one of se
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from selective_ray import augment
+from selective_ray import augment, batches
 from selective_ray.inference import autocast_dtype
 from selective_ray.optimization import add_gradients, follow, learning_rate, optimizer
 
@@ -208,6 +208,30 @@ class Learner:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
+
+
+def fit(
+    learner: Learner,
+    pixels: np.ndarray,
+    targets: np.ndarray,
+    plan: batches.Plan,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Take all steps of a recipe in this process, on images that are in memory, uint8 [n, h, w, 3].
+
+    targets int64 [l] of the plan's labeled images. What a step sees is that of a training on Ray. check:
+    called before each; what it raises ends the training.
+    """
+    for t in range(learner.recipe.steps):
+        check()
+        weak = batches.draws(plan.seed, t, plan.slots, augment.WEAK_DRAWS, batches.WEAK)
+        strong = batches.draws(plan.seed, t, plan.slots, augment.STRONG_DRAWS, batches.STRONG)
+        known, rest = np.split(plan.step(t), [plan.labeled])
+        learner.step(
+            *(t, pixels[known], targets[np.searchsorted(plan.labeled_ids, known)], pixels[rest]),
+            draws=(weak, strong[plan.labeled :]),
+            sizes=(plan.labeled, plan.unlabeled),
+        )
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import ask, refused
 from test_faults import killer
 
-from selective_ray import config, held_out, labeling, training, truth
+from selective_ray import config, held_out, labeling, training, trial, truth
 from selective_ray.actors import pipeline
 from selective_ray.actors.fixmatch import train
 from selective_ray.actors.training import _workers
@@ -137,6 +138,36 @@ def test_a_killed_worker_costs_steps_and_not_the_training(labeled, others, whole
     assert without_speed(folder.metrics()) == without_speed(Training(labeled, "whole").metrics())
 
 
+def test_selections_are_compared_by_what_fixmatch_learns_from_them(labeled, monkeypatch):
+    """The colors are told from six labels; nothing is trained twice, and a training on Ray is the same."""
+    options = {**SMALL, "train.steps": 60}
+    sets = [
+        word
+        for key, value in options.items()
+        if key != "resources.workers"
+        for word in ("--set", f"{key}={value}")
+    ]
+    words = "compare", "--run", labeled.uri, "--labels", "folders", "--seeds", 2, "--methods", "random", *sets
+    words = *words, "--budgets", "6", "--json"
+    result = ask(*words, "--fixmatch")
+    assert result.exit_code == 0, result.stderr or result.exception
+    told = {one["method"]: one for one in json.loads(result.stdout)["methods"]}
+    (usl, random) = (told[name]["figures"]["fixmatch"] for name in ("usl", "random"))
+    assert len(usl) == len(random) == 2 and min(usl) > 0.8
+    assert told["usl"]["difference"]["random"]["fixmatch"]["mean"] == pytest.approx(
+        np.mean(usl) - np.mean(random)
+    )
+    assert "FixMatch was trained once" in labeled.read_bytes("comparison", "index.html").decode()
+    monkeypatch.setattr(trial.Trial, "accuracy", None)
+    again = json.loads(ask(*words, "--fixmatch").stdout)
+    assert {one["method"]: one["figures"]["fixmatch"] for one in again["methods"]} == {
+        "usl": usl,
+        "random": random,
+    }
+    said = refused(2, *words)
+    assert "compare does not take train." in said
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     folder = Training(Run(str(tmp_path)), "x")
     for step in (4, 8, 12, 16):
@@ -256,12 +287,14 @@ def test_a_class_without_labels_is_told_of_and_numbers_go_to_weights_and_biases(
     assert b"mask_rate" in offline.read_bytes()
 
 
-TRAIN = """
+# On two nodes, one of which is killed; from images or, without, from labels.
+ON_NODES = """
 import json, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from selective_ray import config
 from selective_ray.actors.fixmatch import train
+from selective_ray.actors.pretraining import pretrain
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 from selective_ray.training import Training
@@ -269,7 +302,8 @@ from selective_ray.training import Training
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-run, name, options = Run(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+uri, name, options, *images = sys.argv[1:]
+run = Run(uri)
 
 def kill_one():
     while len(Training(run, name).checkpoints()) < 2:
@@ -278,24 +312,28 @@ def kill_one():
     print("killed", flush=True)
 
 threading.Thread(target=kill_one, daemon=True).start()
-settings, _ = config.load(options=options, own_embeddings=True)
+settings, _ = config.load(options=json.loads(options), own_embeddings=True)
 reporter = Reporter(quiet=True)
-done, summary = train(run, settings, name, reporter)
+pretrain(run, *images, settings, name, reporter) if images else train(run, settings, name, reporter)
 print(json.dumps(reporter.warnings))
 ray.shutdown()
 cluster.shutdown()
 """
 
 
-@pytest.mark.faults
-def test_a_whole_node_killed_while_training(labeled):
-    """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
-    options = {**SMALL, "train.steps": 200, "train.checkpoint_every": 10, "resources.workers": 2}
-    words = [sys.executable, "-c", TRAIN, labeled.uri, "node", json.dumps(options)]
+def on_nodes(uri, name, options, *images):
+    words = [sys.executable, "-c", ON_NODES, uri, name, json.dumps(options), *map(str, images)]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     answer = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, env=environment)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "killed" in answer.stdout and "goes on from step" in answer.stdout
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_training(labeled):
+    """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
+    options = {**SMALL, "train.steps": 200, "train.checkpoint_every": 10, "resources.workers": 2}
+    on_nodes(labeled.uri, "node", options)
     steps = [line["steps"] for line in Training(labeled, "node").metrics()]
     assert sum(steps) == 200 and labeled.manifest("training/node") is not None
 
