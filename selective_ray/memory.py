@@ -23,6 +23,11 @@ def encoder_bytes(gib: float | None) -> int:
     return ENCODE_MEMORY if gib is None else round(gib * 2**30)
 
 
+def shards_per_wave(encoders: int) -> int:
+    """Shards that are embedded before encoders are started anew: a wave lists all their ranges at once."""
+    return 64 * min(4, encoders)
+
+
 def peak_memory() -> int:
     """Return the largest resident size that this process has had, in bytes."""
     try:

@@ -52,7 +52,6 @@ class Rates:
     encode_flops: float = 0.0
     pixel_bytes: int = 0
     rejected: float = 0.0
-    shards_per_wave: int = 64
     holder_seconds: float = 0.0
     join_products: float = math.inf
     row_seconds: float = 0.0
@@ -192,7 +191,7 @@ def _embed(survey: Survey, rates: Rates, config: Config, fleet: Fleet) -> Stage:
     speeds["network"] = fleet.total("network") * survey.images / max(1, survey.nbytes)
     limit = min(speeds, key=speeds.get)
     shards = _shards(survey.images, config)
-    waves = -(-shards // rates.shards_per_wave)
+    waves = -(-shards // memory.shards_per_wave(workers))
     seconds = waves * rates.encoder_seconds + survey.images / speeds[limit]
     under_way = BATCHES_UNDER_WAY * config.embed.batch * rates.pixel_bytes
     return Stage(

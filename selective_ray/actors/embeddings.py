@@ -34,14 +34,13 @@ from selective_ray.actors.wave import (
 )
 from selective_ray.config import Config
 from selective_ray.errors import UserError
+from selective_ray.memory import shards_per_wave
 from selective_ray.progress import Reporter, Watch
 from selective_ray.reading import Read
 from selective_ray.store import Manifest, Run, Shard, Stopwatch
 
 # Batches that one decode task makes: enough to outweigh a task's overhead, few enough to redo.
 BATCHES_PER_TASK = 8
-# Shards of one wave: bounds what a wave has in memory and what a restart of it repeats.
-SHARDS_PER_WAVE = 64
 # Waves in a row without a single batch, after which the run gives up.
 FRUITLESS_WAVES = 3
 
@@ -226,7 +225,7 @@ class Waves:
         while ranges:
             # Anew each time: nodes come and go.
             placement = place(self.config.resources)
-            some = list(ranges)[:SHARDS_PER_WAVE]
+            some = list(ranges)[: shards_per_wave(placement.encoders)]
             wave = self._wave([r for shard in some for r in ranges[shard]], placement)
             for kind, value in self._events(wave):
                 if kind == "batch":

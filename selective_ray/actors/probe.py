@@ -172,7 +172,6 @@ def _embed(
             encode_flops=float(ray.get(operations)),
             pixel_bytes=3 * size * size,
             rejected=seen["rejected"] / len(rows),
-            shards_per_wave=embedding.SHARDS_PER_WAVE,
         ),
         run.read_embeddings(0)[1],
     )
