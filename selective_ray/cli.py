@@ -262,11 +262,20 @@ def demo(
     ] = "demo",
     seeds: Annotated[int, typer.Option(help="Seeds of the selection.", min=5)] = 5,
     draws: Annotated[int, typer.Option(help="Random draws to compare with.", min=10)] = 20,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="The long story: learn an encoder, select by it, train on the labels."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Select 40 of 1,797 handwritten digits and compare with random draws."""
     with sentences(debug, as_json):
+        if train:
+            from selective_ray.actors import demo_training
+
+            demo_training.tell(Path(folder), as_json=as_json)
+            return
         from selective_ray.actors import demo as story
 
         story.tell(Path(folder), seeds=seeds, draws=draws, as_json=as_json)

@@ -1,12 +1,17 @@
 """Encoders that are learned: the same for any interruption, used by their run's name, read by other tools."""
 
+import json
+import os
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_faults import killer
-from test_training import CLASSES, paint, without_speed
+from test_training import CLASSES, on_nodes, paint, without_speed
 
 from selective_ray import checkpoints, classifiers, config, encoders, learned
 from selective_ray.actors import pipeline
@@ -239,3 +244,37 @@ def test_a_killed_worker_costs_steps_and_not_the_training(two_cpus, images, tmp_
     (step, mine), (_, theirs) = weights(one.run), weights(whole.run)
     assert step == 120 and all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert without_speed(one.metrics()) == without_speed(whole.metrics())
+
+
+@pytest.mark.faults
+def test_a_whole_node_killed_while_learning(images, tmp_path):
+    """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
+    options = {**SMALL, "pretrain.steps": 200, "pretrain.checkpoint_every": 10, "resources.workers": 2}
+    on_nodes(str(tmp_path / "run"), "pretrain", options, images)
+    place = Training(Run(str(tmp_path / "run")), "pretrain")
+    assert sum(line["steps"] for line in place.metrics() if "steps" in line) == 200
+    assert place.run.manifest(place.table) is not None and weights(place.run)[0] == 200
+
+
+@pytest.mark.faults
+def test_a_killed_driver_is_followed_by_the_same_command(images, tmp_path):
+    options = {**SMALL, "pretrain.steps": 120, "pretrain.checkpoint_every": 20, "pretrain.method": "moco"}
+    words = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "selective_ray", "pretrain", "--images", str(images), "--json", *words]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    how = {"stdout": subprocess.PIPE, "env": environment}
+    place = Training(Run(str(tmp_path / "run")), "pretrain")
+    process = subprocess.Popen([*command, "--run", place.run.root], start_new_session=True, **how)
+    deadline = time.monotonic() + 120
+    while len(place.checkpoints()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert place.run.manifest(place.table) is None
+    for run in (place.run.root, str(tmp_path / "whole")):
+        done = subprocess.run([*command, "--run", run], check=True, **how)
+        assert json.loads(done.stdout)["complete"]
+    (step, mine), (_, theirs) = weights(place.run), weights(Run(run))
+    assert step == 120 and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert without_speed(place.metrics()) == without_speed(Training(Run(run), "pretrain").metrics())

@@ -238,6 +238,16 @@ def test_the_densest_of_each_trained_cluster_is_picked(run):
     assert told[-1]["step"] == 12 and 0 < told[-1]["clusters_used"] <= 5
 
 
+def test_any_shards_give_the_same_picks(run, images, tmp_path):
+    """Embeddings differ in the last bits by their place in a batch, and so do the heads begun from them."""
+    other = selected(images, tmp_path / "run", **{"resources.shard_rows": 13, "resources.workers": 2})
+    for table in ("clusters", "selection"):
+        mine, theirs = columns(run, table), columns(other, table)
+        assert all(np.array_equal(mine[key], theirs[key]) for key in ("image_id", "cluster_id"))
+    losses = [[line["loss"] for line in Training(one, NAME).metrics()] for one in (run, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_trained_network_and_picks_by_confidence(two_cpus, images, tmp_path):
     """Linear heads on a network that learns and then sees all images; exactly the budget."""
     encoder = alone(tmp_path / "encoder", "simclr", "wrn-10-1")[0].run
