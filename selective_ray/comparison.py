@@ -14,7 +14,7 @@ import numpy as np
 from selective_ray import active
 from selective_ray.config import METHOD_KEYS
 from selective_ray.errors import UsageError
-from selective_ray.figures import FIGURES, deviation, shown
+from selective_ray.figures import COMPARED, deviation, shown
 from selective_ray.paired import LEVEL, Difference, Equal, difference, equal_budget
 
 # Not usl-t: its clusters are trained on images, and not in this process.
@@ -129,7 +129,7 @@ def as_json(found: Compared) -> dict[str, Any]:
     methods = []
     for method in found.ranked():
         for budget in found.plan.budgets:
-            figures = {name: found.values(method, budget, name).tolist() for name in (*FIGURES, "seconds")}
+            figures = {name: found.values(method, budget, name).tolist() for name in (*COMPARED, "seconds")}
             against = {
                 other: {
                     name: _told(found.difference(method, other, budget, name))
@@ -179,7 +179,7 @@ def lines(found: Compared) -> Iterator[str]:
     for figure in found.main:
         for budget in found.plan.budgets:
             yield ""
-            title = f"{FIGURES[figure]}, {budget:,} labels"
+            title = f"{COMPARED[figure]}, {budget:,} labels"
             yield f"{title:<34}{'to random':>25}{'to usl':>25}{'random needs':>22}"
             for method in found.ranked():
                 values = found.values(method, budget, figure)

@@ -8,7 +8,7 @@ import numpy as np
 
 from selective_ray.charts import Rival, number, rivalry
 from selective_ray.comparison import AGAINST, MAIN, SEES_LABELS, Compared, needs, written
-from selective_ray.figures import ACCURACIES, FIGURES, deviation, shown
+from selective_ray.figures import ACCURACIES, COMPARED, FIGURES, deviation, shown
 from selective_ray.page import document, table
 from selective_ray.paired import DRAWS, LEVEL, Difference, difference
 
@@ -17,7 +17,7 @@ def render(found: Compared) -> str:
     """Draw the page."""
     sections = [
         ("summary", "What came out", _summary(found)),
-        *((name, FIGURES[name][0].upper() + FIGURES[name][1:], _figure(found, name)) for name in found.main),
+        *((name, _title(name), _figure(found, name)) for name in found.main),
         ("others", "Other figures", _others(found)),
         ("how", "How it was measured", _how(found)),
     ]
@@ -168,8 +168,13 @@ def _curves(found: Compared, figure: str) -> str:
     return f'<div class="pair">{charts}</div>'
 
 
+def _title(name: str) -> str:
+    words = COMPARED[name]
+    return words[0].upper() + words[1:]
+
+
 def _others(found: Compared) -> str:
-    names = [name for name in FIGURES if name not in (*found.main, "fixmatch")]
+    names = [name for name in FIGURES if name not in found.main]
     heads = ("method", *(FIGURES[name] for name in names), "seconds")
     parts = []
     for budget in found.plan.budgets:

@@ -15,13 +15,15 @@ ACCURACIES = {
 }
 FIGURES = {
     **ACCURACIES,
-    "fixmatch": "FixMatch",
     "coverage": "coverage",
     "classes": "classes with a pick",
     "spread": "spread of class counts",
 }
+# With what only a comparison tells, on request.
+COMPARED = {**FIGURES, "fixmatch": "FixMatch"}
 # Between 0 and 1.
-SHARES = (*ACCURACIES, "fixmatch", "coverage")
+SHARES = (*ACCURACIES, "coverage")
+IN_PERCENT = {*SHARES, "fixmatch"}
 
 
 def deviation(values: Sequence[float]) -> float | None:
@@ -31,7 +33,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 def shown(name: str, mean: float, spread: float | None) -> str:
     """Write a figure and its standard deviation: shares in percent."""
-    if name in SHARES:
+    if name in IN_PERCENT:
         return f"{100 * mean:.1f} %" + ("" if spread is None else f" ± {100 * spread:.1f}")
     return f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
 
@@ -39,4 +41,4 @@ def shown(name: str, mean: float, spread: float | None) -> str:
 def difference(name: str, value: float) -> str:
     """Write a difference of two figures."""
     # Adding zero takes the sign off a negative one.
-    return f"{round(100 * value if name in SHARES else value, 1) + 0.0:+.1f}"
+    return f"{round(100 * value if name in IN_PERCENT else value, 1) + 0.0:+.1f}"

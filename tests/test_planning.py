@@ -111,7 +111,7 @@ def test_stages_after_embedding_leave_machines_without_gpus_alone():
     # Four L4 at 3e13 operations a second, 1e9 for an image; 128 CPUs less what the encoders take.
     decoding = (128 - 0.4) * 400 * min(1.0, 100 / (2 / (1 / 400 + 1.5 / 100)))
     assert stages["embed"].limit == ("decoding" if decoding < 4 * 3e4 else "encoding")
-    assert stages["embed"].seconds == pytest.approx(60 + SURVEY.images / min(decoding, 4 * 3e4))
+    assert stages["embed"].seconds == pytest.approx(30 + SURVEY.images / min(decoding, 4 * 3e4))
     assert stages["density"].workers == 4
     gets = stages["embed"].requests["get"]
     hours = sum(kinds[k].hour * s / 3600 for k, s in stages["embed"].machine_seconds.items())

@@ -148,8 +148,8 @@ def test_selections_are_compared_by_what_fixmatch_learns_from_them(labeled, monk
         for word in ("--set", f"{key}={value}")
     ]
     words = "compare", "--run", labeled.uri, "--labels", "folders", "--seeds", 2, "--methods", "random", *sets
-    words = *words, "--budgets", "6", "--json"
-    result = ask(*words, "--fixmatch")
+    words = *words, "--budgets", "6"
+    result = ask(*words, "--fixmatch", "--json")
     assert result.exit_code == 0, result.stderr or result.exception
     told = {one["method"]: one for one in json.loads(result.stdout)["methods"]}
     (usl, random) = (told[name]["figures"]["fixmatch"] for name in ("usl", "random"))
@@ -159,7 +159,7 @@ def test_selections_are_compared_by_what_fixmatch_learns_from_them(labeled, monk
     )
     assert "FixMatch was trained once" in labeled.read_bytes("comparison", "index.html").decode()
     monkeypatch.setattr(trial.Trial, "accuracy", None)
-    again = json.loads(ask(*words, "--fixmatch").stdout)
+    again = json.loads(ask(*words, "--fixmatch", "--json").stdout)
     assert {one["method"]: one["figures"]["fixmatch"] for one in again["methods"]} == {
         "usl": usl,
         "random": random,
