@@ -7,6 +7,7 @@ was published; `cifar-resnet18`, the form of ResNet-18 that keeps small images l
 
 from __future__ import annotations
 
+import copy
 import re
 
 import torch
@@ -206,6 +207,17 @@ class GlobalBatchNorm(nn.Module):
             self.running_var.lerp_(variance.detach() * (count / (count - 1)), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return centered * scale[:, None, None] + self.bias[:, None, None]
+
+
+def replicas(network: nn.Module, *, device: str, workers: int, precision: str) -> tuple[nn.Module, nn.Module]:
+    """Return a network as one of several workers trains it, and a copy that is to follow it.
+
+    The copy only ever infers: synchronized layers in it would still talk to others.
+    """
+    if precision == "float64":
+        network = network.double()
+    average = copy.deepcopy(network)
+    return synchronized(network, device) if workers > 1 else network, average
 
 
 def synchronized(network: nn.Module, device: str) -> nn.Module:

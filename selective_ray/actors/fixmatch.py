@@ -191,8 +191,6 @@ class _Lesson:
     """One worker's part of FixMatch."""
 
     def __init__(self, course: FixMatch, job: Job, place: Place) -> None:
-        import copy
-
         from selective_ray import classifiers
         from selective_ray.fixmatch import Learner, Recipe
 
@@ -201,17 +199,9 @@ class _Lesson:
         network = classifiers.build(settings.network, len(course.classes))
         if settings.checkpoint:
             classifiers.begin_from(network, settings.network, settings.checkpoint, job.run.access)
-        if settings.precision == "float64":
-            network = network.double()
-        average = copy.deepcopy(network)
-        if place.workers > 1:
-            network = classifiers.synchronized(network, place.device)
-        self.learner = Learner(
-            *(network, Recipe(**settings.recipe())),
-            device=place.device,
-            precision=settings.precision,
-            average=average,
-        )
+        how = {"device": place.device, "precision": settings.precision}
+        network, average = classifiers.replicas(network, workers=place.workers, **how)
+        self.learner = Learner(network, Recipe(**settings.recipe()), average=average, **how)
         self.state, self.load = self.learner.state, self.learner.load
         self.tally = _Tally(len(course.classes))
         self.mine = slice(place.rank, None, place.workers)

@@ -157,8 +157,6 @@ class _Lesson:
     """One worker's part of contrastive learning."""
 
     def __init__(self, course: Contrast, job: Job, place: Place) -> None:
-        import copy
-
         from selective_ray import classifiers
         from selective_ray.contrastive import Learner, Recipe, projected
         from selective_ray.views import Views
@@ -166,16 +164,10 @@ class _Lesson:
         self.course, self.job, self.place = course, job, place
         settings = course.settings
         network = projected(settings.method, *classifiers.trunk(settings.network, settings.image_size))
-        if settings.precision == "float64":
-            network = network.double()
-        average = copy.deepcopy(network)
-        if place.workers > 1:
-            network = classifiers.synchronized(network, place.device)
+        how = {"device": place.device, "precision": settings.precision}
+        network, average = classifiers.replicas(network, workers=place.workers, **how)
         self.learner = Learner(
-            *(network, Recipe(**settings.recipe()), Views(**settings.views())),
-            device=place.device,
-            precision=settings.precision,
-            average=average,
+            network, Recipe(**settings.recipe()), Views(**settings.views()), average=average, **how
         )
         self.state, self.load = self.learner.state, self.learner.load
         self.mine = slice(place.rank, None, place.workers)
