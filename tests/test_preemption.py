@@ -46,9 +46,15 @@ seen = []
 def take():
     while not (signs / "take").exists():
         time.sleep(0.05)
-    status = get_cluster_status(cluster.address)
-    found = {node.node_id: node.node_status for node in [*status.active_nodes, *status.idle_nodes]}
-    seen.append(found.get(nodes[0].node_id))
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        # A node tells that it drains with its next sign of life.
+        status = get_cluster_status(cluster.address)
+        found = {node.node_id: node.node_status for node in [*status.active_nodes, *status.idle_nodes]}
+        seen[:] = [found.get(nodes[0].node_id)]
+        if seen[0] in ("DRAINING", None):
+            break
+        time.sleep(0.1)
     # What the machine's owner does when its time is up.
     cluster.remove_node(nodes[0], allow_graceful=False)
 
@@ -65,7 +71,6 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.skip(reason="not yet seen to pass from end to end")
 @pytest.mark.faults
 def test_a_warned_node_drains_and_the_run_goes_on(two_cpus, tmp_path):
     folder = pictures(tmp_path / "images", 400)
@@ -103,7 +108,8 @@ def test_a_warned_node_drains_and_the_run_goes_on(two_cpus, tmp_path):
                 if process:
                     process.kill()
     assert driver.returncode == 0, err[-3000:]
-    told = json.loads(out.splitlines()[-1])
+    # Ray says things on the same stream.
+    (told,) = [json.loads(line) for line in out.splitlines() if line.startswith('{"seen"')]
     # Drained when it was taken, or idle enough to have gone by itself.
     assert told["seen"][0] in ("DRAINING", None) and told["left"] == 2, told
     quiet = advance(tmp_path / "quiet", source=pipeline.Source(images=str(folder)), **OPTIONS)

@@ -90,6 +90,11 @@ def gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0)
 
 
+def here() -> NodeAffinitySchedulingStrategy:
+    """Where this process runs: for what no other machine, which comes and goes, may take along."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def alive_nodes() -> frozenset[str]:
     """Ids of the nodes that the cluster has."""
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])

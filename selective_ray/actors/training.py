@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selective_ray.actors.placement import gpus_each
-from selective_ray.actors.session import alive_nodes, cpus, gpus
+from selective_ray.actors.session import alive_nodes, cpus, gpus, here
 from selective_ray.actors.training_worker import Course, Job, Shape, work
 from selective_ray.batches import Plan
 from selective_ray.config import Config, Pretrain, Train
@@ -54,6 +53,12 @@ class Desk:
         self.step, self.words = -1, ""
         self.messages: list[str] = []
         self.refused, self.memory = "", 0
+        # Ray Data keeps actors for the life of the cluster where it is first used. Where a worker runs, they
+        # would hold up its machine ever after.
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.data.from_items([{"id": 0}]).take_all()
 
     def note(self, step: int, words: str, memory: int) -> None:
         """Tell how far the workers are."""
@@ -124,8 +129,7 @@ def until_done(
 
 def _desk() -> Any:
     """Start the desk on the driver's machine, so that none of those that come and go takes it along."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Desk.options(scheduling_strategy=here).remote()
+    return Desk.options(scheduling_strategy=here()).remote()
 
 
 def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, dict[str, float]]:

@@ -25,7 +25,7 @@ import ray
 
 from selective_ray import encoders, reading
 from selective_ray.actors.placement import Placement
-from selective_ray.actors.session import alive_nodes, peak_memory, unwrapped
+from selective_ray.actors.session import alive_nodes, here, peak_memory, unwrapped
 from selective_ray.errors import UserError
 from selective_ray.objects import DIRECT, Access
 from selective_ray.reading import Read
@@ -425,7 +425,9 @@ class WatchedWave:
         cluster has no room for any more, since a node went, is ended at once.
         """
         nodes = alive_nodes()
-        wave = Wave.options(max_restarts=0).remote()
+        # Ray Data keeps actors for the life of the cluster beside the process that first uses it; machines
+        # that come and go would never be idle with these.
+        wave = Wave.options(max_restarts=0, scheduling_strategy=here()).remote()
         events = wave.run.options(num_returns="streaming").remote(*self.arguments)
         try:
             while True:
