@@ -4,7 +4,7 @@
 
 s3_server.py serves the images and keeps the runs. Two nodes of one CPU each and a head without work are a Ray
 cluster on this machine; the command is a process of its own, which is started again whenever it ends without
-being done. Every so many seconds a worker process, drawn by seed, is killed (SIGKILL), every sixth time a
+being done. Every so many seconds a worker process, drawn by seed, is killed (SIGKILL), every fourth time a
 whole node, which another one replaces; twice the command itself. The picks and embeddings are then those of
 the undisturbed run, to the bit, and every image is embedded or rejected, once.
 """
@@ -17,9 +17,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ CREDENTIALS = {
 }
 # Kills by which the command itself is hit, and every how many a node is.
 DRIVER_KILLS = (3, 7)
-NODE_EVERY = 6
+NODE_EVERY = 4
 # Processes of Ray itself; a node ends with its agents, and nodes are killed as that.
 NOT_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # The same command again, at most so often.
@@ -92,18 +92,27 @@ class Machines:
         self.cluster.shutdown()
 
 
-class Killer(threading.Thread):
+class Killer:
     """Kills something every so many seconds; tells what."""
 
     def __init__(self, machines: Machines, every: float, seed: int) -> None:
-        super().__init__(daemon=True)
         self.machines, self.every, self.rng = machines, every, np.random.default_rng(seed)
         self.killed: list[str] = []
         self.driver: subprocess.Popen | None = None
-        self.ended = threading.Event()
+        self.given_up = False
 
-    def run(self) -> None:
-        while not self.ended.wait(self.every):
+    def until(self, done: Future) -> None:
+        """Kill until the work is done; in the main thread, as Ray brings nodes in no other."""
+        try:
+            self._until(done)
+        except BaseException:
+            self.given_up = True
+            if self.driver:
+                self.driver.kill()
+            raise
+
+    def _until(self, done: Future) -> None:
+        while not wait([done], timeout=self.every).done:
             number = len(self.killed) + 1
             drawn = int(self.rng.integers(2**31))
             workers = self.machines.workers()
@@ -124,10 +133,6 @@ class Killer(threading.Thread):
                     continue
                 self.killed.append(title.partition("(")[0])
 
-    def stop(self) -> None:
-        self.ended.set()
-        self.join()
-
 
 def command(run: str, budget: int, settings: dict[str, Any], address: str) -> list[str]:
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
@@ -147,7 +152,7 @@ def finish(words: list[str], killer: Killer | None = None) -> list[str]:
             out, err = driver.communicate()
         if driver.returncode == 0:
             return ends
-        if killer is None:
+        if killer is None or killer.given_up:
             raise SystemExit(err)
         ends.append(_ending(driver.returncode, out, err))
         print(f"attempt {len(ends)} ended: {ends[-1]}", file=sys.stderr, flush=True)
@@ -208,12 +213,11 @@ def chaos(n: int, budget: int, every: float, seed: int, settings: dict[str, Any]
             finish(command("s3://runs/quiet", budget, *words))
             quiet, read_quietly = time.monotonic() - began, sent()
             killer = Killer(machines, every, seed)
-            killer.start()
             began = time.monotonic()
-            try:
-                ends = finish(command("s3://runs/shaken", budget, *words), killer)
-            finally:
-                killer.stop()
+            with ThreadPoolExecutor(1) as beside:
+                work = beside.submit(finish, command("s3://runs/shaken", budget, *words), killer)
+                killer.until(work)
+            ends = work.result()
             shaken, read = time.monotonic() - began, sent() - read_quietly
             found = compare("s3://runs/quiet", "s3://runs/shaken")
         finally:

@@ -27,6 +27,7 @@ from selective_ray.errors import UserError
 from selective_ray.store import BEGUN, MANIFEST, Manifest, Run, differences, fingerprint
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d{10})")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Checkpoints that are kept: should the last be damaged, there is one before.
 KEPT = 3
@@ -125,11 +126,15 @@ class Training:
             name = f"events.out.tfevents.{lines[-new]['step']:010d}"
             self.run.write_bytes(_events(lines[-new:]), self.table, EVENTS, name)
 
-    def drop_events(self, beyond: int) -> None:
-        """Remove what was written for TensorBoard of steps beyond one."""
+    def clean(self, beyond: int) -> None:
+        """Remove what was written for TensorBoard of steps beyond one, and what was left half written."""
         for name in objects.names(self.run.path(self.table, EVENTS), self.run.access):
-            if int(name.rpartition(".")[2]) > beyond:
+            found = _EVENTS.fullmatch(name)
+            if not found or int(found[1]) > beyond:
                 self.run.delete(self.table, EVENTS, name)
+        for name in objects.names(self.run.path(self.table), self.run.access):
+            if name.endswith(".tmp"):
+                self.run.delete(self.table, name)
 
 
 def _events(lines: list[dict[str, Any]]) -> bytes:

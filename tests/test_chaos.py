@@ -26,7 +26,7 @@ def test_a_selection_survives_kills_of_everything():
     found = json.loads(answer.stdout)
     assert found["images"] == 600 and found["no image lost"]
     assert found["same embeddings"] and found["same picks"]
-    assert found["kills"] >= 2, found
+    assert found["killed"]["the command"] and found["killed"]["a node"], found
 
 
 def test_what_is_lost_or_changed_is_told(tmp_path):

@@ -2,20 +2,27 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
+from ray.util import placement_group, remove_placement_group
+from tensorboardX.proto import event_pb2
 from test_cli import ask, refused
 from test_faults import killer
 
-from selective_ray import config, held_out, labeling, training, trial, truth
+from selective_ray import config, held_out, labeling, objects, training, trial, truth
 from selective_ray.actors import pipeline
+from selective_ray.actors import training as actors_training
 from selective_ray.actors.fixmatch import train
 from selective_ray.actors.training import _workers
 from selective_ray.errors import UserError
@@ -139,7 +146,7 @@ def test_a_killed_worker_costs_steps_and_not_the_training(labeled, others, whole
 
 
 def test_selections_are_compared_by_what_fixmatch_learns_from_them(labeled, monkeypatch):
-    """The colors are told from six labels; nothing is trained twice, and a training on Ray is the same."""
+    """The colors are told from six labels, and nothing is trained twice."""
     options = {**SMALL, "train.steps": 60}
     sets = [
         word
@@ -188,10 +195,141 @@ def test_more_workers_than_there_is_room_for(two_cpus):
     reporter = Reporter(quiet=True)
     options = {"resources.workers": 6, "resources.start_seconds": 1.5}
     settings, _ = config.load(options=options, own_embeddings=True)
-    workers, _ = _workers(settings, settings.train.batch, reporter)
-    assert workers == 4
+    workers, room, _ = _workers(settings, settings.train.batch, reporter)
+    assert (workers, room) == (6, 4)
     assert any("waiting for 6 workers: the cluster has room for 4" in words for words in reporter.warnings)
     assert any("training with 4 workers" in words for words in reporter.warnings)
+
+
+def test_machines_come_for_the_workers_that_are_asked_for(two_cpus):
+    for asked, expected in ((6, 6), (None, 1)):
+        reporter = Reporter(quiet=True)
+        options = {"resources.workers": asked, "resources.autoscale": True, "resources.gpus_per_worker": 1.0}
+        settings, _ = config.load(options=options, own_embeddings=True)
+        workers, room, each = _workers(settings, settings.train.batch, reporter)
+        assert (workers, room, each["GPU"]) == (expected, 1, 1.0) and not reporter.warnings
+
+
+@pytest.mark.faults
+def test_a_training_that_waits_for_its_place_says_why(labeled):
+    """Another job has all CPUs: Ray would wait without a word."""
+    held = placement_group([{"CPU": 2}])
+    ray.get(held.ready())
+    reporter = Reporter(quiet=True)
+
+    def let_go():
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not any("in use" in words for words in reporter.warnings):
+            time.sleep(0.1)
+        remove_placement_group(held)
+
+    thread = threading.Thread(target=let_go, daemon=True)
+    thread.start()
+    done, _ = trained(labeled, "waits", reporter=reporter, **{"resources.stall_seconds": 4})
+    assert done is not None and not thread.is_alive()
+    said = [words for words in reporter.warnings if "nothing has come" in words]
+    assert any("0.45 CPU" in words and "is in use" in words for words in said), said
+
+
+def _failing(monkeypatch, tmp_path, errors, checkpoints):
+    """What comes of a training whose attempts end by these errors, each after a checkpoint or none."""
+    folder = Training(Run(str(tmp_path)), "x")
+    attempts = []
+
+    def fit(job, workers, each):
+        if checkpoints:
+            folder.save(10 * (len(attempts) + 1), {"step": torch.tensor(0)})
+        attempts.append(errors[len(attempts)])
+        return attempts[-1]
+
+    monkeypatch.setattr(actors_training, "_fit", fit)
+    job = SimpleNamespace(training=folder, until=100, desk=actors_training.Desk.remote())
+    reporter = Reporter(quiet=True)
+    try:
+        actors_training._until_done(job, 1, {"CPU": 1}, reporter, lambda: None)
+        return len(attempts), None, reporter.warnings
+    except UserError as error:
+        return len(attempts), str(error), reporter.warnings
+
+
+def test_three_failures_without_a_checkpoint_end_a_training(monkeypatch, tmp_path, two_cpus):
+    attempts, said, _ = _failing(monkeypatch, tmp_path, ["it broke"] * 9, checkpoints=False)
+    assert attempts == 3 and "failed 3 times without a new checkpoint between, at step 0: it broke" in said
+
+
+def test_failures_with_checkpoints_between_do_not(monkeypatch, tmp_path, two_cpus):
+    attempts, said, warnings = _failing(monkeypatch, tmp_path, ["a node went"] * 5 + [None], checkpoints=True)
+    assert (attempts, said, len(warnings)) == (6, None, 5)
+    assert "goes on from step 50; 0 steps are taken again (a node went)" in warnings[-1]
+
+
+def test_numbers_go_to_tensorboard(labeled, whole):
+    """The same as in the lines of the metrics."""
+    folder = Training(labeled, "whole")
+    told = {}
+    names = objects.names(labeled.path(folder.table, training.EVENTS))
+    for name in names:
+        for event in _events(labeled.read_bytes(folder.table, training.EVENTS, name)):
+            for value in event.summary.value:
+                assert told.setdefault((event.step, value.tag), value.simple_value) == value.simple_value
+    expected = {
+        (line["step"], key): value
+        for line in folder.metrics()
+        for key, value in line.items()
+        if isinstance(value, float)
+    }
+    assert len(names) == 5 and told.keys() == expected.keys()
+    assert [told[key] for key in expected] == pytest.approx(list(expected.values()))
+
+
+def _events(data):
+    """Read a file of TensorBoard: records of length, its checksum, content and its checksum."""
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+        at += length + 16
+
+
+def test_what_is_half_written_is_removed(tmp_path):
+    folder = Training(Run(str(tmp_path)), "x")
+    folder.save(4, {"step": torch.tensor(4)})
+    for step in (4, 8):
+        folder.write_metrics([{"step": step, "loss": 1.0}], 1)
+    folder.run.write_bytes(b"", folder.table, training.EVENTS, "events.out.tfevents.0000000004.ab12.tmp")
+    folder.run.write_bytes(b"", folder.table, "step-00000008-0123456789abcdef.pt.cd34.tmp")
+    folder.clean(4)
+    assert objects.names(folder.run.path(folder.table, training.EVENTS)) == ["events.out.tfevents.0000000004"]
+    assert [name for name in objects.names(folder.run.path(folder.table)) if name.endswith(".tmp")] == []
+    assert len(folder.checkpoints()) == 1
+
+
+@pytest.mark.faults
+def test_the_command_trains_in_parts(labeled, others, tmp_path):
+    images = paint(tmp_path / "held-out", 30, 1)
+    options = {key: value for key, value in SMALL.items() if key != "train.checkpoint_every"}
+    sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    words = ["train", "--run", labeled.uri, "--name", "command", "--preset", "fixmatch-cifar10", *sets]
+    words += ["--set", "train.checkpoint_every=4", "--validation", images, "--truth", "folders"]
+    first = ask(*words, "--until", 4, "--json")
+    assert first.exit_code == 0, first.stderr or first.exception
+    told = json.loads(first.stdout)
+    assert told["steps"] == 4 and not told["complete"] and labeled.manifest("training/command") is None
+    # The newest checkpoint is damaged: the same command takes these steps again.
+    (step, newest), *_ = Training(labeled, "command").checkpoints()
+    labeled.write_bytes(b"damaged", "training/command", newest)
+    again = json.loads(ask(*words, "--until", 4, "--json").stdout)
+    assert step == 4 and again["steps"] == 4 and state(labeled, "command")[0] == 4
+    rest = ask(*words)
+    assert rest.exit_code == 0, rest.stderr or rest.exception
+    for expected in (
+        "9 labels of 3 classes, 12 steps\n",
+        "% of these wrong",
+        "accuracy ",
+        "training-command.html",
+    ):
+        assert expected in rest.stdout, rest.stdout
+    assert labeled.manifest("training/command").summary["steps"] == 12
 
 
 def test_other_labels_or_another_recipe_are_refused(labeled, whole):
@@ -225,7 +363,7 @@ def test_bad_input_gets_a_sentence(labeled, tmp_path, two_cpus):
         held_out.read(str(paint(tmp_path / "one", 1, 0)))
 
 
-def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled, tmp_path):
+def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled):
     ids = np.random.default_rng(0).permutation(90)
     ids = ids[ids != labeled.read_shard("rejected", 0)["image_id"][0].as_py()]
     direct = Pixels.of_run(labeled, size=10, limit=0)
@@ -236,7 +374,7 @@ def test_decoded_images_are_the_same_from_the_disk_and_from_the_store(labeled, t
     # From now on the store is not asked.
     kept.how["read"] = None
     assert np.array_equal(kept.get(ids[::-1]), expected[::-1])
-    assert direct.kept == 0 and not list(tmp_path.iterdir())
+    assert direct.kept == 0
 
 
 def test_metrics_are_lines_of_json(labeled, whole):

@@ -14,6 +14,7 @@ from selective_ray.actors import training
 from selective_ray.actors.model import exported
 from selective_ray.actors.session import Session
 from selective_ray.actors.training_worker import Job, Place
+from selective_ray.actors.watching import watched
 from selective_ray.batches import Plan
 from selective_ray.config import Config, Train
 from selective_ray.errors import UserError, named
@@ -68,7 +69,11 @@ def train(
         "seed": config.seed,
     }
     place = Training(run, name)
-    with Lease(run, reporter.say) as lease, Session(address, [run.path(LEASE)]) as session:
+    with (
+        Lease(run, reporter.say) as lease,
+        Session(address, [run.path(LEASE)]) as session,
+        watched(run, reporter, config.resources),
+    ):
         inputs = run.fingerprints("images", "rejected", "labels")
         if done := place.begin(what, inputs):
             return done, done.summary

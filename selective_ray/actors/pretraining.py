@@ -16,6 +16,7 @@ from selective_ray.actors import training
 from selective_ray.actors.images import list_source
 from selective_ray.actors.session import Session, unwrapped
 from selective_ray.actors.training_worker import Job, Place
+from selective_ray.actors.watching import watched
 from selective_ray.batches import Plan
 from selective_ray.config import Config, Pretrain
 from selective_ray.errors import UserError
@@ -61,7 +62,11 @@ def pretrain(
     place = Training(run, name)
     run.prepare()
     paths = [run.path(LEASE), *([str(Path(images).absolute())] if "://" not in images else [])]
-    with Lease(run, reporter.say) as lease, Session(address, paths) as session:
+    with (
+        Lease(run, reporter.say) as lease,
+        Session(address, paths) as session,
+        watched(run, reporter, config.resources),
+    ):
         listed = list_source(
             run, listing.Source(images, **config.images.model_dump()), config, session, reporter
         )

@@ -105,7 +105,7 @@ def until_done(
     taken over. forgiving: whether others stand in for images that cannot be read. shape: that of images, else
     squares of settings.image_size. Raises UserError where the training fails again and again.
     """
-    workers, each = _workers(config, settings.batch, reporter)
+    workers, room, each = _workers(config, settings.batch, reporter)
     job = Job(
         run=run,
         name=name,
@@ -118,8 +118,8 @@ def until_done(
         checkpoint_every=settings.checkpoint_every,
         cache_bytes=config.resources.cache * 2**30,
         column=run.manifest("images").what["images"].get("column"),
-        threads=max(1, cpus() // workers),
-        tasks=max(1, cpus() // workers),
+        threads=max(1, cpus() // min(workers, room)),
+        tasks=max(1, cpus() // min(workers, room)),
         board=config.resources.wandb,
         desk=_desk(),
         forgiving=forgiving,
@@ -132,10 +132,11 @@ def _desk() -> Any:
     return Desk.options(scheduling_strategy=here()).remote()
 
 
-def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, dict[str, float]]:
-    """Return how many workers share the steps, and what each takes of the cluster.
+def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, int, dict[str, float]]:
+    """Return how many workers may share the steps, how many now, and what each takes of the cluster.
 
-    Waits, with a message, for a cluster that grows; goes on with fewer where it does not.
+    With `autoscale` machines come for as many as were asked for. Else it waits, with a message, for a cluster
+    that grows; and begins with fewer where it does not.
     """
     resources = config.resources
     asked = resources.workers
@@ -150,17 +151,21 @@ def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, dict[
         )
         wanted = asked or (room if per_gpu else len(alive_nodes()))
         wanted = min(wanted, batch)
+        if resources.autoscale:
+            # Ray Train asks for their machines, and begins with the first.
+            return min(asked or max(1, wanted), batch), max(1, room), each
         if 1 <= wanted <= room:
-            return wanted, each
+            return wanted, room, each
         if time.monotonic() - began > resources.start_seconds:
             if not room:
                 raise UserError(
                     "the cluster has no room for a worker; add machines, or lower resources.gpus_per_worker"
                 )
             reporter.warn(
-                f"training with {room:,} workers: {wanted:,} were asked for, the cluster has no more"
+                f"training with {room:,} workers: {wanted:,} were asked for, the cluster has no more (the "
+                "others join when it has)"
             )
-            return room, each
+            return wanted, room, each
         if not told:
             told = True
             reporter.warn(
@@ -172,7 +177,7 @@ def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, dict[
 
 def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Reporter, check: Any) -> int:
     """Train, again after failures; returns the memory of the largest worker, in bytes."""
-    failures, before = 0, _newest_step(job)
+    failures, before = 0, _whole_step(job)
     if before >= job.until:
         return 0
     with (
@@ -182,12 +187,12 @@ def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Report
         while True:
             check()
             error = _fit(job, workers, each)
-            refused, memory = ray.get(job.desk.read.remote())[3:]
+            reached, *_, refused, memory = ray.get(job.desk.read.remote())
             if refused:
                 raise UserError(refused)
             if error is None:
                 return memory
-            now = _newest_step(job)
+            now = _whole_step(job)
             failures = 1 if now > before else failures + 1
             before = max(before, now)
             if failures >= FAILURES:
@@ -195,22 +200,25 @@ def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Report
                     f"training failed {FAILURES} times without a new checkpoint between, at step {before:,}: "
                     f"{error}; run the same command again to go on from there"
                 )
-            reporter.warn(f"training was interrupted and goes on from step {before:,} ({error})")
+            reporter.warn(
+                f"training was interrupted and goes on from step {before:,}; {max(0, reached - before):,} "
+                f"steps are taken again ({error})"
+            )
 
 
-def _newest_step(job: Job) -> int:
-    found = job.training.checkpoints()
-    return found[0][0] if found else 0
+def _whole_step(job: Job) -> int:
+    """Step of the newest checkpoint that is not damaged."""
+    return job.training.newest(lambda words: None)[0]
 
 
 @contextlib.contextmanager
 def _watching(job: Job, watch: Any, first: int, reporter: Reporter) -> Iterator[None]:
     """Show what the workers leave on the desk, until the block ends."""
     ended = threading.Event()
-    shown, said = first, 0
+    shown, said, heard = first, 0, ""
 
     def look() -> None:
-        nonlocal shown, said
+        nonlocal shown, said, heard
         with contextlib.suppress(ray.exceptions.RayError):
             step, words, messages, *_ = ray.get(job.desk.read.remote())
             for message in messages[said:]:
@@ -219,7 +227,10 @@ def _watching(job: Job, watch: Any, first: int, reporter: Reporter) -> Iterator[
             if step > shown:
                 watch.advance(step - shown)
                 shown = step
-            watch.say(words)
+            # What says nothing new is no sign of life.
+            if words != heard:
+                watch.say(words)
+                heard = words
 
     def keep_looking() -> None:
         while not ended.wait(0.5):

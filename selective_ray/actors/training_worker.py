@@ -9,6 +9,7 @@ learned is the course of a job: FixMatch (`actors/fixmatch.py`), or features wit
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ BLOCKS = 1024
 SUBSTITUTES = 20
 # Steps from one line of the metrics to the next.
 LINE_STEPS = 50
+# Seconds from one word to the driver, of how far the steps are, to the next.
+NOTE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,10 @@ class _Worker:
         device = str(ray.train.torch.get_device())
         self.place = Place(self.rank, context.get_world_size(), device, say)
         if device == "cpu":
-            torch.set_num_threads(job.threads)
+            # Those that share a machine share its CPUs.
+            torch.set_num_threads(
+                max(1, min(job.threads, (os.cpu_count() or 1) // context.get_local_world_size()))
+            )
         torch.manual_seed(job.plan.seed)
         self.lesson = job.course.begin(job, self.place)
         self.first, state = job.training.newest(say)
@@ -162,9 +168,10 @@ class _Worker:
         self.lines = job.training.metrics(self.first) if self.rank == 0 else []
         self.written = len(self.lines)
         if self.rank == 0:
-            job.training.drop_events(self.first)
+            job.training.clean(self.first)
         self.board = _board(job) if job.board and self.rank == 0 else None
         self.steps, self.began = 0, time.monotonic()
+        self.words, self.noted = "", 0.0
 
     def run(self) -> None:
         """Take every step that is left."""
@@ -180,15 +187,18 @@ class _Worker:
             # A training that goes on from a checkpoint begins a line there.
             if saved or done % LINE_STEPS == 0:
                 self._line(done)
+            if self.rank == 0 and (last or time.monotonic() - self.noted > NOTE_SECONDS):
+                self.noted = time.monotonic()
+                job.desk.note.remote(done, self.words, peak_memory())
+            beside = time.monotonic()
             if evaluated or done == job.steps:
                 self._evaluate(done)
             if saved and self.rank == 0:
                 self._save(done)
                 if last:
                     self.lesson.export()
-            if saved or evaluated:
-                self.began = time.monotonic()
-
+            # What is not a step does not count in their rate.
+            self.began += time.monotonic() - beside
         if self.board:
             self.board.finish()
 
@@ -204,13 +214,12 @@ class _Worker:
 
     def _line(self, step: int) -> None:
         """Note what all workers saw since the last line."""
-        line, words = self.lesson.line()
+        line, self.words = self.lesson.line()
         steps, seconds = self.steps, time.monotonic() - self.began
         self.steps, self.began = 0, time.monotonic()
         if self.rank == 0:
             rate = round(steps / seconds, 3)
             self.lines.append({"step": step, "steps": steps, **line, "steps_per_second": rate})
-            self.job.desk.note.remote(step, words, peak_memory())
 
     def _evaluate(self, step: int) -> None:
         found = self.lesson.evaluate()

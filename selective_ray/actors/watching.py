@@ -108,16 +108,23 @@ def why() -> str:
     totals = [node.total_resources() for node in nodes]
     demands = status.resource_demands
     parts = []
-    for demand in (*demands.ray_task_actor_demand, *demands.placement_group_demand):
+    waiting = (*demands.ray_task_actor_demand, *demands.placement_group_demand)
+    # What Ray Train will begin with once there are machines for it.
+    wished = demands.cluster_constraint_demand
+    for demand in (*waiting, *wished):
         for asked in demand.bundles_by_count:
             bundle = {name: amount for name, amount in asked.bundle.items() if amount}
             possible = any(
                 all(total.get(name, 0) >= amount for name, amount in bundle.items()) for total in totals
             )
-            parts.append(
-                f"{asked.count} times {_words(bundle)} waits, "
-                + ("and what has it is in use" if possible else "and no machine that is there has it")
-            )
+            if not possible:
+                parts.append(
+                    f"{asked.count} times {_words(bundle)} waits, and no machine that is there has it"
+                )
+            elif demand in waiting:
+                parts.append(f"{asked.count} times {_words(bundle)} waits, and what has it is in use")
+    if not parts:
+        parts.append("all that was asked for has its place, and works or waits for a store")
     for launch in status.pending_launches:
         parts.append(f"{launch.count} machines of {launch.ray_node_type_name} are asked for")
     for kind in sorted({node.ray_node_type_name for node in status.pending_nodes}):
@@ -127,8 +134,6 @@ def why() -> str:
         parts.append(f"machines of {launch.ray_node_type_name} do not start: {launch.details}")
     if status.failed_nodes:
         parts.append(f"{len(status.failed_nodes)} machines were lost")
-    if not demands.ray_task_actor_demand and not demands.placement_group_demand:
-        parts.insert(0, "all that was asked for has its place, and works or waits for a store")
     return "; ".join(parts)
 
 
