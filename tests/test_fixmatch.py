@@ -155,6 +155,17 @@ def test_a_step_lowers_the_loss_of_its_labeled_images():
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"), [("resnet18", "float32"), ("resnet50", "float32"), ("wrn-10-1", "bfloat16")]
+)
+def test_every_network_takes_a_step(name, precision):
+    torch.manual_seed(0)
+    one = Learner(classifiers.build(name, 3), Recipe(steps=20), precision=precision)
+    before = copy.deepcopy(one.network.state_dict())
+    assert math.isfinite(float(take(one, 0)["supervised"]))
+    assert all(not torch.equal(p, before[key]) for key, p in one.network.named_parameters() if p.dim() > 1)
+
+
 def test_a_learner_continues_from_its_state_to_the_bit():
     whole = learner()
     for t in range(4):

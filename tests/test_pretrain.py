@@ -250,7 +250,9 @@ def test_a_killed_worker_costs_steps_and_not_the_training(two_cpus, images, tmp_
 def test_a_whole_node_killed_while_learning(images, tmp_path):
     """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
     options = {**SMALL, "pretrain.steps": 200, "pretrain.checkpoint_every": 10, "resources.workers": 2}
-    on_nodes(str(tmp_path / "run"), "pretrain", options, images)
+    run = str(tmp_path / "run")
+    again = on_nodes("node", run, "pretrain", options, "pretrain", "--images", images, "--run", run)
+    assert again and all(steps <= 20 for steps in again)
     place = Training(Run(str(tmp_path / "run")), "pretrain")
     assert sum(line["steps"] for line in place.metrics() if "steps" in line) == 200
     assert place.run.manifest(place.table) is not None and place.newest(print)[0] == 200

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -425,55 +426,84 @@ def test_a_class_without_labels_is_told_of_and_numbers_go_to_weights_and_biases(
     assert b"mask_rate" in offline.read_bytes()
 
 
-# On two nodes, one of which is killed; from images or, without, from labels.
+# A command on a cluster of two nodes, of which something is killed after the second checkpoint of a training.
 ON_NODES = """
-import json, sys, threading, time
-import ray
+import os, signal, subprocess, sys, time
+from pathlib import Path
 from ray.cluster_utils import Cluster
-from selective_ray import config
-from selective_ray.actors.fixmatch import train
-from selective_ray.actors.pretraining import pretrain
-from selective_ray.progress import Reporter
 from selective_ray.store import Run
 from selective_ray.training import Training
 
+victim, uri, name, *words = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-uri, name, options, *images = sys.argv[1:]
-run = Run(uri)
+session = cluster.head_node.get_session_dir_path()
 
-def kill_one():
-    while len(Training(run, name).checkpoints()) < 2:
+def worker():
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+                if any(session in str(fd.readlink()) for fd in (process / "fd").iterdir()):
+                    return int(process.name)
+        except OSError:
+            pass
+
+def begin():
+    return subprocess.Popen([sys.executable, "-m", "selective_ray", *words, "--address", cluster.address])
+
+try:
+    command = begin()
+    while len(Training(Run(uri), name).checkpoints()) < 2:
+        assert command.poll() is None
         time.sleep(0.01)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    print("killed", flush=True)
-
-threading.Thread(target=kill_one, daemon=True).start()
-settings, _ = config.load(options=json.loads(options), own_embeddings=True)
-reporter = Reporter(quiet=True)
-pretrain(run, *images, settings, name, reporter) if images else train(run, settings, name, reporter)
-print(json.dumps(reporter.warnings))
-ray.shutdown()
-cluster.shutdown()
+    if victim == "node":
+        cluster.remove_node(nodes[0], allow_graceful=False)
+    elif victim == "worker":
+        os.kill(worker(), signal.SIGKILL)
+    else:
+        command.kill()
+        command.wait()
+        assert Run(uri).manifest(f"training/{name}") is None
+        command = begin()
+    assert command.wait() == 0
+finally:
+    cluster.shutdown()
 """
 
 
-def on_nodes(uri, name, options, *images):
-    words = [sys.executable, "-c", ON_NODES, uri, name, json.dumps(options), *map(str, images)]
+def on_nodes(victim, uri, name, options, *words):
+    """Run a command on two nodes while something is killed; returns how many steps were taken again."""
+    sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    script = [sys.executable, "-c", ON_NODES, victim, uri, name, *map(str, words), *sets]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    answer = subprocess.run(script, capture_output=True, text=True, timeout=400, check=False, env=environment)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "killed" in answer.stdout and "goes on from step" in answer.stdout
+    return [int(steps) for steps in re.findall(r"goes on from step \S+; (\d+)\s+steps", answer.stderr)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(labeled):
+    """The weights that one worker learns of ON_TWO, to compare with."""
+    trained(labeled, "undisturbed", **ON_TWO, **{"resources.workers": 1})
+    return state(labeled, "undisturbed")
+
+
+ON_TWO = {"train.steps": 200, "train.checkpoint_every": 10, "train.precision": "float64"}
 
 
 @pytest.mark.faults
-def test_a_whole_node_killed_while_training(labeled):
-    """One of two nodes goes, with its worker and the tasks that bring images; one worker goes on."""
-    options = {**SMALL, "train.steps": 200, "train.checkpoint_every": 10, "resources.workers": 2}
-    on_nodes(labeled.uri, "node", options)
-    steps = [line["steps"] for line in Training(labeled, "node").metrics()]
-    assert sum(steps) == 200 and labeled.manifest("training/node") is not None
+@pytest.mark.parametrize("victim", ["worker", "node", "driver"])
+def test_killed_on_two_nodes(victim, labeled, undisturbed):
+    """A worker; a node with its worker and the tasks that bring images; the command, which is given again."""
+    options = {**SMALL, **ON_TWO, "resources.workers": 2}
+    again = on_nodes(victim, labeled.uri, victim, options, "train", "--run", labeled.uri, "--name", victim)
+    assert (again or victim == "driver") and all(steps <= 20 for steps in again)
+    step, mine = state(labeled, victim)
+    assert step == undisturbed[0] == 200 and labeled.manifest(f"training/{victim}") is not None
+    for key, value in undisturbed[1].items():
+        assert torch.allclose(value.double(), mine[key].double(), rtol=0, atol=1e-6), key
+    steps = [line["steps"] for line in Training(labeled, victim).metrics() if "steps" in line]
+    assert sum(steps) == 200
 
 
 @pytest.mark.faults
