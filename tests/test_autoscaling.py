@@ -13,7 +13,9 @@ import pytest
 from test_cluster import BIN, free_port
 from test_pipeline import advance, picks_of, pictures
 
+from selective_ray import labeling
 from selective_ray.actors import pipeline
+from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
 # As in the description of a cluster, with machines of one CPU that are processes on this one.
@@ -38,6 +40,7 @@ import json, sys, threading, time
 import ray
 from selective_ray import config
 from selective_ray.actors import pipeline
+from selective_ray.actors.fixmatch import train
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
@@ -57,8 +60,11 @@ thread.start()
 try:
     time.sleep(1)
     settings, asked = config.load(options=json.loads(options))
-    where = pipeline.Source(images=images)
-    pipeline.advance(Run(run), where, settings, asked, reporter, upto="selection")
+    if images:
+        where = pipeline.Source(images=images)
+        pipeline.advance(Run(run), where, settings, asked, reporter, upto="selection")
+    else:
+        train(Run(run), settings, "fixmatch", reporter)
     done = time.monotonic()
     while timeline[-1][1] and time.monotonic() - done < 90:
         time.sleep(0.5)
@@ -161,11 +167,10 @@ def _end_nodes(address: str) -> None:
             continue
 
 
-@pytest.mark.faults
-def test_machines_come_for_embedding_and_go_after_the_run(growing, tmp_path, two_cpus):
+def _driven(growing, images: str, run: Path, options: dict) -> list:
+    """Work on the cluster that grows, from no machine to none; returns seconds, machines and stage."""
     address, environment, log = growing
-    folder = pictures(tmp_path / "images", 400)
-    words = [sys.executable, "-c", DRIVER, address, str(folder), str(tmp_path / "run"), json.dumps(OPTIONS)]
+    words = [sys.executable, "-c", DRIVER, address, images, str(run), json.dumps(options)]
     answer = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert answer.returncode == 0, answer.stderr[-2000:] + log.read_text()[-2000:]
     # Ray says things on the same stream.
@@ -173,11 +178,41 @@ def test_machines_come_for_embedding_and_go_after_the_run(growing, tmp_path, two
     timeline = told["timeline"]
     print(json.dumps(timeline))
     assert timeline[0][1] == 0, "it starts at zero workers"
-    assert max(count for _, count, stage in timeline if stage == "embed") == 2, timeline
     assert timeline[-1][1] == 0, "idle machines go"
+    return timeline
+
+
+@pytest.mark.faults
+def test_machines_come_for_embedding_and_go_after_the_run(growing, tmp_path, two_cpus):
+    folder = pictures(tmp_path / "images", 400)
+    timeline = _driven(growing, str(folder), tmp_path / "run", OPTIONS)
+    assert max(count for _, count, stage in timeline if stage == "embed") == 2, timeline
     # And nothing of it shows.
     source = pipeline.Source(images=str(folder))
     fixed = {**OPTIONS, "resources.autoscale": False}
     quiet = advance(tmp_path / "quiet", source=source, **fixed)
     assert picks_of(Run(str(tmp_path / "run"))) == picks_of(quiet)
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_machines_come_for_a_training(growing, tmp_path, two_cpus):
+    """Four workers are asked for, of which a machine has room for two."""
+    source = pipeline.Source(images=str(pictures(tmp_path / "images", 60)))
+    run = advance(tmp_path / "run", source=source, **{**OPTIONS, "resources.autoscale": False})
+    lines = [f"{image},{'ab'[i % 2]}" for i, image in enumerate(pick["image_id"] for pick in picks_of(run))]
+    (tmp_path / "labels.csv").write_text("\n".join(["image_id,label", *lines]))
+    labeling.bring_labels(run, str(tmp_path / "labels.csv"), replace=False, reporter=Reporter(quiet=True))
+    options = {
+        "train.network": "wrn-10-1",
+        "train.image_size": 8,
+        "train.steps": 200,
+        "train.batch": 8,
+        "train.unlabeled_ratio": 2,
+        "train.checkpoint_every": 50,
+        "resources.autoscale": True,
+        "resources.workers": 4,
+    }
+    timeline = _driven(growing, "", tmp_path / "run", options)
+    assert max(count for _, count, stage in timeline if stage == "train") == 2, timeline
+    assert run.manifest("training/fixmatch").summary["steps"] == 200
