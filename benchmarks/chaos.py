@@ -66,6 +66,7 @@ class Machines:
         self.cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
         )
+        self.wanted = nodes
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(nodes)]
         self.session = self.cluster.head_node.get_session_dir_path()
 
@@ -86,7 +87,15 @@ class Machines:
         """Kill a node without a word, and bring another."""
         node = self.nodes.pop(which % len(self.nodes))
         self.cluster.remove_node(node, allow_graceful=False)
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
+        self.bring()
+
+    def bring(self) -> None:
+        """Bring nodes until there are as many as in the beginning, or one does not start in time."""
+        try:
+            while len(self.nodes) < self.wanted:
+                self.nodes.append(self.cluster.add_node(num_cpus=1))
+        except Exception as error:  # Ray raises no narrower one where a node does not start in time
+            print(f"a node did not start: {error}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         self.cluster.shutdown()
@@ -115,6 +124,7 @@ class Killer:
         while not wait([done], timeout=self.every).done:
             number = len(self.killed) + 1
             drawn = int(self.rng.integers(2**31))
+            self.machines.bring()
             workers = self.machines.workers()
             if not workers:
                 # Between two attempts, or while the first process starts: nothing is lost by waiting.
