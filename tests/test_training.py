@@ -495,14 +495,14 @@ ON_TWO = {"train.steps": 200, "train.checkpoint_every": 10, "train.precision": "
 @pytest.mark.parametrize("victim", ["worker", "node", "driver"])
 def test_killed_on_two_nodes(victim, labeled, undisturbed):
     """A worker; a node with its worker and the tasks that bring images; the command, which is given again."""
-    options = {**SMALL, **ON_TWO, "resources.workers": 2}
-    again = on_nodes(victim, labeled.uri, victim, options, "train", "--run", labeled.uri, "--name", victim)
+    options, name = {**SMALL, **ON_TWO, "resources.workers": 2}, f"two-nodes-{victim}"
+    again = on_nodes(victim, labeled.uri, name, options, "train", "--run", labeled.uri, "--name", name)
     assert (again or victim == "driver") and all(steps <= 20 for steps in again)
-    step, mine = state(labeled, victim)
-    assert step == undisturbed[0] == 200 and labeled.manifest(f"training/{victim}") is not None
+    step, mine = state(labeled, name)
+    assert step == undisturbed[0] == 200 and labeled.manifest(f"training/{name}") is not None
     for key, value in undisturbed[1].items():
         assert torch.allclose(value.double(), mine[key].double(), rtol=0, atol=1e-6), key
-    steps = [line["steps"] for line in Training(labeled, victim).metrics() if "steps" in line]
+    steps = [line["steps"] for line in Training(labeled, name).metrics() if "steps" in line]
     assert sum(steps) == 200
 
 
