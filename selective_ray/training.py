@@ -103,10 +103,20 @@ class Training:
         """
         import torch
 
+        step, data = self._whole(say)
+        if data is None:
+            return 0, None
+        return step, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint that is whole; 0 where there is none."""
+        return self._whole(lambda words: None)[0]
+
+    def _whole(self, say: Callable[[str], None]) -> tuple[int, bytes | None]:
         for step, name in self.checkpoints():
             data = self.run.read_bytes(self.table, name)
             if name_of(step, hashlib.sha256(data).hexdigest()) == name:
-                return step, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                return step, data
             say(f"checkpoint {self.run.path(self.table, name)} is damaged; the one before it is taken")
         return 0, None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from ray.util import placement_group, remove_placement_group
 from tensorboardX.proto import event_pb2
+from test_chaos import SCRIPT
 from test_cli import ask, refused
 from test_faults import killer
 
@@ -48,6 +50,7 @@ SMALL = {
 }
 
 
+ON_TWO = {"train.steps": 200, "train.checkpoint_every": 10, "train.precision": "float64"}
 LONG = {"train.steps": 150, "train.checkpoint_every": 30, "train.evaluate_every": 50}
 
 
@@ -429,24 +432,13 @@ def test_a_class_without_labels_is_told_of_and_numbers_go_to_weights_and_biases(
 # A command on a cluster of two nodes, of which something is killed after the second checkpoint of a training.
 ON_NODES = """
 import os, signal, subprocess, sys, time
-from pathlib import Path
-from ray.cluster_utils import Cluster
+from chaos import Machines
 from selective_ray.store import Run
 from selective_ray.training import Training
 
 victim, uri, name, *words = sys.argv[1:]
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-session = cluster.head_node.get_session_dir_path()
-
-def worker():
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                if any(session in str(fd.readlink()) for fd in (process / "fd").iterdir()):
-                    return int(process.name)
-        except OSError:
-            pass
+machines = Machines()
+cluster = machines.cluster
 
 def begin():
     return subprocess.Popen([sys.executable, "-m", "selective_ray", *words, "--address", cluster.address])
@@ -457,9 +449,10 @@ try:
         assert command.poll() is None
         time.sleep(0.01)
     if victim == "node":
-        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.remove_node(machines.nodes[0], allow_graceful=False)
     elif victim == "worker":
-        os.kill(worker(), signal.SIGKILL)
+        pid = next(pid for pid, title in machines.workers() if title.startswith("ray::RayTrainWorker"))
+        os.kill(pid, signal.SIGKILL)
     else:
         command.kill()
         command.wait()
@@ -467,7 +460,7 @@ try:
         command = begin()
     assert command.wait() == 0
 finally:
-    cluster.shutdown()
+    machines.stop()
 """
 
 
@@ -475,7 +468,7 @@ def on_nodes(victim, uri, name, options, *words):
     """Run a command on two nodes while something is killed; returns how many steps were taken again."""
     sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
     script = [sys.executable, "-c", ON_NODES, victim, uri, name, *map(str, words), *sets]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(SCRIPT.parent)}
     answer = subprocess.run(script, capture_output=True, text=True, timeout=400, check=False, env=environment)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return [int(steps) for steps in re.findall(r"goes on from step \S+; (\d+)\s+steps", answer.stderr)]
@@ -486,9 +479,6 @@ def undisturbed(labeled):
     """The weights that one worker learns of ON_TWO, to compare with."""
     trained(labeled, "undisturbed", **ON_TWO, **{"resources.workers": 1})
     return state(labeled, "undisturbed")
-
-
-ON_TWO = {"train.steps": 200, "train.checkpoint_every": 10, "train.precision": "float64"}
 
 
 @pytest.mark.faults
@@ -507,24 +497,27 @@ def test_killed_on_two_nodes(victim, labeled, undisturbed):
 
 
 @pytest.mark.faults
-def test_the_driver_killed_while_training(labeled):
-    """The same command goes on from the newest checkpoint, and ends as one that was not killed."""
+def test_the_driver_interrupted_and_killed_while_training(labeled):
+    """The same command goes on from the newest checkpoint, and ends as one that was not disturbed."""
     options = {**SMALL, "train.steps": 120, "train.checkpoint_every": 10}
     sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
     words = [sys.executable, "-m", "selective_ray", "train", "--run", labeled.uri, "--debug", *sets]
     words += ["--name", "driver"]
     folder = Training(labeled, "driver")
-    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        while len(folder.checkpoints()) < 2:
-            assert driver.poll() is None, driver.stderr.read()
-            time.sleep(0.002)
-        driver.kill()
-        driver.wait(60)
-    finally:
-        driver.kill()
-        driver.stderr.close()
-    assert labeled.manifest(folder.table) is None, "it was finished before the kill"
+    for step, by in ((20, signal.SIGINT), (60, signal.SIGKILL)):
+        driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            while not folder.checkpoints() or folder.checkpoints()[0][0] < step:
+                assert driver.poll() is None, driver.stderr.read()
+                time.sleep(0.002)
+            driver.send_signal(by)
+            said = driver.communicate(timeout=60)[1]
+        finally:
+            driver.kill()
+        assert labeled.manifest(folder.table) is None, "it was finished before"
+        if by == signal.SIGINT:
+            assert driver.returncode == 130 and "interrupted; run the same command again" in said
+            assert not labeled.exists("lease.json"), "a polite end gives the lease back"
     answer = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "120 steps" in answer.stdout

@@ -177,7 +177,7 @@ def _workers(config: Config, batch: int, reporter: Reporter) -> tuple[int, int, 
 
 def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Reporter, check: Any) -> int:
     """Train, again after failures; returns the memory of the largest worker, in bytes."""
-    failures, before = 0, _whole_step(job)
+    failures, before = 0, job.training.newest_step()
     if before >= job.until:
         return 0
     with (
@@ -192,7 +192,7 @@ def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Report
                 raise UserError(refused)
             if error is None:
                 return memory
-            now = _whole_step(job)
+            now = job.training.newest_step()
             failures = 1 if now > before else failures + 1
             before = max(before, now)
             if failures >= FAILURES:
@@ -206,19 +206,14 @@ def _until_done(job: Job, workers: int, each: dict[str, float], reporter: Report
             )
 
 
-def _whole_step(job: Job) -> int:
-    """Step of the newest checkpoint that is not damaged."""
-    return job.training.newest(lambda words: None)[0]
-
-
 @contextlib.contextmanager
 def _watching(job: Job, watch: Any, first: int, reporter: Reporter) -> Iterator[None]:
     """Show what the workers leave on the desk, until the block ends."""
     ended = threading.Event()
-    shown, said, heard = first, 0, ""
+    shown, said, spoken = first, 0, ""
 
     def look() -> None:
-        nonlocal shown, said, heard
+        nonlocal shown, said, spoken
         with contextlib.suppress(ray.exceptions.RayError):
             step, words, messages, *_ = ray.get(job.desk.read.remote())
             for message in messages[said:]:
@@ -228,9 +223,9 @@ def _watching(job: Job, watch: Any, first: int, reporter: Reporter) -> Iterator[
                 watch.advance(step - shown)
                 shown = step
             # What says nothing new is no sign of life.
-            if words != heard:
+            if words != spoken:
                 watch.say(words)
-                heard = words
+                spoken = words
 
     def keep_looking() -> None:
         while not ended.wait(0.5):
@@ -251,8 +246,12 @@ def _fit(job: Job, workers: int, each: dict[str, float]) -> str | None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leave Ctrl-C to the command: Ray's handler would end it without a word."""
+
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(

@@ -157,7 +157,7 @@ def _train(
 ) -> int:
     """Train until the last step; returns the memory of the largest worker, in bytes."""
     settings, place = config.usl_t, Training(run, NAME)
-    if place.checkpoints() and place.checkpoints()[0][0] >= settings.steps:
+    if place.newest_step() >= settings.steps:
         return 0
     embedded = run.manifest("embeddings")
     start = None
