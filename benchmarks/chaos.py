@@ -5,8 +5,9 @@
 s3_server.py serves the images and keeps the runs. Two nodes of one CPU each and a head without work are a Ray
 cluster on this machine; the command is a process of its own, which is started again whenever it ends without
 being done. Every so many seconds a worker process, drawn by seed, is killed (SIGKILL), every fourth time a
-whole node, which another one replaces; twice the command itself. The picks and embeddings are then those of
-the undisturbed run, to the bit, and every image is embedded or rejected, once.
+whole node, which another one replaces; twice the command itself. Where processes take longer to start than
+the kills are apart, nothing can move: --kills ends them after so many. The picks and embeddings are then
+those of the undisturbed run, to the bit, and every image is embedded or rejected, once.
 """
 
 from __future__ import annotations
@@ -102,10 +103,11 @@ class Machines:
 
 
 class Killer:
-    """Kills something every so many seconds; tells what."""
+    """Kills something every so many seconds, at most so often; tells what."""
 
-    def __init__(self, machines: Machines, every: float, seed: int) -> None:
-        self.machines, self.every, self.rng = machines, every, np.random.default_rng(seed)
+    def __init__(self, machines: Machines, every: float, seed: int, most: float = np.inf) -> None:
+        self.machines, self.every, self.most = machines, every, most
+        self.rng = np.random.default_rng(seed)
         self.killed: list[str] = []
         self.driver: subprocess.Popen | None = None
         self.given_up = False
@@ -126,8 +128,8 @@ class Killer:
             drawn = int(self.rng.integers(2**31))
             self.machines.bring()
             workers = self.machines.workers()
-            if not workers:
-                # Between two attempts, or while the first process starts: nothing is lost by waiting.
+            if not workers or number > self.most:
+                # Between two attempts, while the first process starts, or after the last kill.
                 continue
             if number in DRIVER_KILLS and self.driver and self.driver.poll() is None:
                 self.driver.kill()
@@ -207,8 +209,8 @@ def compare(quiet: str, shaken: str) -> dict[str, Any]:
     }
 
 
-def chaos(n: int, budget: int, every: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run both; returns what was killed and what came of it."""
+def chaos(n: int, budget: int, kills: tuple[float, int, float], settings: dict[str, Any]) -> dict[str, Any]:
+    """Run both, one with kills (seconds between two, seed, most); returns what came of it."""
     os.environ |= {**CREDENTIALS, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore"}
     with server(n) as (endpoint, sent):
@@ -222,7 +224,7 @@ def chaos(n: int, budget: int, every: float, seed: int, settings: dict[str, Any]
             began = time.monotonic()
             finish(command("s3://runs/quiet", budget, *words))
             quiet, read_quietly = time.monotonic() - began, sent()
-            killer = Killer(machines, every, seed)
+            killer = Killer(machines, *kills)
             began = time.monotonic()
             with ThreadPoolExecutor(1) as beside:
                 work = beside.submit(finish, command("s3://runs/shaken", budget, *words), killer)
@@ -251,9 +253,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=200)
     parser.add_argument("--every", type=float, default=5.0, help="seconds from kill to kill")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=float, default=np.inf, help="kills at most (default: no end)")
     options = parser.parse_args()
     settings = {"embed.image_size": 16, "embed.batch": 64, "resources.shard_rows": 512}
-    found = chaos(options.images, options.budget, options.every, options.seed, settings)
+    found = chaos(options.images, options.budget, (options.every, options.seed, options.kills), settings)
     print(json.dumps(found, indent=1))
     if not (found["no image lost"] and found["same embeddings"] and found["same picks"]):
         sys.exit(1)

@@ -20,13 +20,16 @@ def _chaos():
 
 @pytest.mark.faults
 def test_a_selection_survives_kills_of_everything():
-    words = [sys.executable, str(SCRIPT), "600", "--budget", "20", "--every", "4", "--seed", "1"]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+    # As many kills as take both commands and two nodes: a slow machine is done with them at some time, too.
+    words = [*("600", "--budget", "20"), *("--every", "4", "--seed", "1", "--kills", "8")]
+    answer = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=600, check=False
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]
     found = json.loads(answer.stdout)
     assert found["images"] == 600 and found["no image lost"]
     assert found["same embeddings"] and found["same picks"]
-    assert found["killed"]["the command"] and found["killed"]["a node"], found
+    assert found["killed"]["the command"] == 2 and found["killed"]["a node"] >= 2, found
 
 
 def test_what_is_lost_or_changed_is_told(tmp_path):
