@@ -170,21 +170,24 @@ def growth(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def plan(arguments: argparse.Namespace, folder: Path) -> None:
-    """What a plan says of sizes that no run here reaches; float32, GPUs and networks as told."""
+    """What a plan says of sizes that no run here reaches, as a table; float32, GPUs and networks as told."""
     d = int(arguments.kind)
     print(
-        "rows, workers, lists, groups, GB a worker, TB fetched at most, minutes: products, fetching all, once"
+        "| images | GPUs | lists | probes | groups | GB a worker | products, min "
+        "| network, min, rows fetched once | rows fetched for each group |"
     )
+    print("| ---: " * 9 + "|")
     for n in arguments.rows:
         for workers in arguments.workers:
             made = replace(ivf.plan(n, d, K), workers=workers)
             fetched, moved = made.fetched_bytes(4), made.moved_bytes(4)
             seconds = made.products / (workers * arguments.rate)
             wires = workers * arguments.network
+            held = made.holder_bytes(-(-n // workers), workers)
             print(
-                f"{n:,} {workers} {made.lists:,} {made.groups:,} "
-                f"{made.holder_bytes(-(-n // workers), workers) / 1e9:.1f} {fetched / 1e12:.1f} "
-                f"{seconds / 60:.1f} {fetched / wires / 60:.1f} {moved * (1 + workers) / wires / 60:.1f}"
+                f"| {n:,} | {workers} | {made.lists:,} | {made.probes} | {made.groups} | {held / 1e9:.1f} "
+                f"| {seconds / 60:.1f} | {moved * (1 + workers) / wires / 60:.1f} "
+                f"| {fetched / wires / 60:.0f} ({fetched / 1e12:.1f} TB) |"
             )
 
 

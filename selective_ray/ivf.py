@@ -11,14 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
 
+from selective_ray.density import neighbors_needed
 from selective_ray.distances import flat_nonzero, product_error, sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.neighbors import TILE_PRODUCTS, TILE_QUERIES
 from selective_ray.two_level import shares
+
+if TYPE_CHECKING:
+    from selective_ray.config import Density
 
 # Lists for each square root of n: the work of finding lists and of joining them are then of a size.
 LISTS_PER_ROOT = 2
@@ -38,8 +44,9 @@ GROUP_BYTES = 2**33
 # Rows that a row is compared with by lists, on data whose neighborhoods overlap: so many times n^0.27, and so
 # many for each neighbor. Measured (benchmarks/README.md); only plans are made by it.
 COMPARED, COMPARED_PER_NEIGHBOR = 400, 50
-# Lists that a row is taken to probe where memory is stated beforehand.
-PROBES_STATED = 32
+# Rows of data that are harder than that have been compared with up to 1.75 times as many: where memory is
+# stated, so much room is left for what they probe.
+PROBES_ROOM = 2
 # A squared distance between unit vectors is at most this: with it every list is probed.
 WHOLE_SPHERE = 4.0
 
@@ -48,8 +55,9 @@ WHOLE_SPHERE = 4.0
 class Plan:
     """How the neighbors of n rows are searched.
 
-    needed is the number of nearest rows, themselves among them; lists is 0 in exact mode. Only the size of
-    groups looks at who does the work, and it does not change what is found.
+    needed is the number of nearest rows, themselves among them; lists is 0 in exact mode; kept neighbors of
+    each row stay in `neighbors/`; asked_probes: so many lists for each row, as told. Only the size of groups
+    looks at who does the work, and it does not change what is found.
     """
 
     n: int
@@ -57,6 +65,8 @@ class Plan:
     needed: int
     lists: int
     workers: int = 1
+    kept: int = 0
+    asked_probes: int | None = None
 
     @property
     def group_rows(self) -> int:
@@ -77,14 +87,24 @@ class Plan:
     def holder_bytes(self, rows: int, workers: int) -> int:
         """Bytes that one of so many processes takes which holds so many rows and joins groups of others.
 
-        Its rows and their lists; a group with its k nearest so far and what it probes, and one of the groups
-        it is joined with; the training rows; and a quarter of a GB for the libraries.
+        Its rows; while joining their lists, a group with its k nearest so far and what it probes, one of the
+        groups it is joined with, and the training rows; while writing, what is kept of its rows, and as much
+        again of what is read; and a quarter of a GB for the libraries.
         """
-        held = rows * (4 * self.d + 8 + 4 * PROBES_STATED)
+        probes = min(self.lists, PROBES_ROOM * self.probes)
         group = replace(self, workers=workers).group_rows * (
-            2 * 4 * self.d + 16 * 2 * self.needed + (0 if self.exact else 32 * PROBES_STATED)
+            2 * 4 * self.d + 16 * 2 * self.needed + 32 * probes
         )
-        return held + 2 * group + self.training_rows * 2 * 4 * self.d + 2**28
+        joining = rows * 4 * probes + 2 * group + self.training_rows * 2 * 4 * self.d
+        writing = rows * 2 * 12 * self.kept
+        return rows * (4 * self.d + 8) + max(joining, writing) + 2**28
+
+    @property
+    def probes(self) -> int:
+        """Lists that each row probes, about; 0 in exact mode."""
+        if self.exact or self.asked_probes:
+            return min(self.lists, self.asked_probes or 0)
+        return math.ceil(self.compared * self.lists / self.n)
 
     @property
     def groups(self) -> int:
@@ -105,7 +125,7 @@ class Plan:
 
     def moved_bytes(self, itemsize: int) -> int:
         """Bytes of all groups, as they lie in Ray's object store: the rows, and what they probe."""
-        return self.n * (itemsize * self.d + 24 + (0 if self.exact else 4 * PROBES_STATED))
+        return self.n * (itemsize * self.d + 24 + 4 * self.probes)
 
     def fetched_bytes(self, itemsize: int) -> int:
         """Bytes that cross the network at most: to the owners of groups, and from group to group.
@@ -122,7 +142,15 @@ class Plan:
 
 
 def plan(
-    n: int, d: int, needed: int, *, mode: str = "auto", lists: int | None = None, recall: float = 0.99
+    n: int,
+    d: int,
+    needed: int,
+    *,
+    mode: str = "auto",
+    lists: int | None = None,
+    probes: int | None = None,
+    recall: float = 0.99,
+    kept: int = 0,
 ) -> Plan:
     """Choose exact search or lists, and how many.
 
@@ -132,13 +160,25 @@ def plan(
     """
     chosen = lists or 2 ** round(math.log2(max(2.0, LISTS_PER_ROOT * math.sqrt(n))))
     cheaper = n * n <= 1.5 * Plan(n, d, needed, chosen).products + 60_000 * n
-    if mode == "exact" or recall >= 1 or (mode == "auto" and cheaper and not lists):
+    if mode == "exact" or recall >= 1 or (mode == "auto" and cheaper and not lists and not probes):
         chosen = 0
     elif chosen > n:
         raise UserError(
             f"density.lists = {chosen} exceeds the {n} embeddings; set it to {n} or fewer, or leave it out"
         )
-    return Plan(n, d, needed, chosen)
+    return Plan(n, d, needed, chosen, kept=kept, asked_probes=probes)
+
+
+def plan_for(settings: Density, n: int, d: int, k: int) -> Plan:
+    """Choose as the configuration says, for k neighbors."""
+    return plan(
+        *(n, d, neighbors_needed(k, settings.include_self)),
+        mode=settings.mode,
+        lists=settings.lists,
+        probes=settings.probes,
+        recall=settings.recall,
+        kept=k if settings.keep_neighbors else 0,
+    )
 
 
 def draw(plan: Plan, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -214,6 +254,19 @@ class Assignment:
     lists: np.ndarray
     counts: np.ndarray
     probes: np.ndarray
+
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        """Where the probes of each row begin."""
+        return np.cumsum(self.counts, dtype=np.int64) - self.counts
+
+    def take(self, rows: np.ndarray) -> Assignment:
+        """Return the assignment of some rows, in the order given."""
+        counts = self.counts[rows].astype(np.int64)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return Assignment(
+            self.lists[rows], counts, self.probes[np.repeat(self._firsts[rows], counts) + within]
+        )
 
 
 def propose(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selective_ray.distances import blocks
 from selective_ray.ivf import Assignment
 from selective_ray.neighbors import TILE_ROWS, TILE_ROWS_PER_NEIGHBOR, Nearest
 from selective_ray.schema import Neighbors
@@ -68,8 +69,9 @@ class Block:
 
     image_ids int64 [n], x [n, d] in the type of the store, cells int64 [n] ascending; counts int64 [n] and
     probes int32: the cells that each row probes. Without probes every row is compared with every other.
-    wanted bool [n]: the rows whose neighbors are asked for. stands_for int64 [n], where duplicates are
-    collapsed: the first row of the block that is equal to each; only such rows are neighbors.
+    wanted bool [n]: the rows whose neighbors are asked for. Where duplicates are collapsed: weights int64 [n]
+    is the number of images that each row stands for, and stands_for int64 [n], of rows of several holders,
+    the first row of the block that is equal to each; only such rows are neighbors.
     """
 
     image_ids: np.ndarray
@@ -78,6 +80,7 @@ class Block:
     wanted: np.ndarray
     counts: np.ndarray | None = None
     probes: np.ndarray | None = None
+    weights: np.ndarray | None = None
     stands_for: np.ndarray | None = None
 
     def distinct(self) -> Block:
@@ -86,6 +89,16 @@ class Block:
             return self
         rows = np.flatnonzero(self.stands_for == np.arange(len(self.cells)))
         return Block(self.image_ids[rows], self.x[rows], self.cells[rows], self.wanted[rows])
+
+    @property
+    def first_ids(self) -> np.ndarray:
+        """Image ids of the rows that the rows stand for, int64 [n]."""
+        return self.image_ids if self.stands_for is None else self.image_ids[self.stands_for]
+
+    @property
+    def images(self) -> int:
+        """Number of images whose neighbors are asked for."""
+        return int(self.wanted.sum() if self.weights is None else self.weights[self.wanted].sum())
 
     def cut(self) -> Iterator[tuple[int, slice]]:
         """Yield each cell that has rows, and where they are."""
@@ -117,27 +130,66 @@ def gather(parts: Iterable[Block], collapse: bool) -> Block:
         whole = Block(image_ids, x, cells, wanted, counts, probes)
         counts, probes = counts[order], whole.probing(order)[1]
     image_ids, x, cells, wanted = image_ids[order], x[order], cells[order], wanted[order]
-    stands_for = _firsts_of_equal(x, cells) if collapse else None
-    return Block(image_ids, x, cells, wanted, counts, probes, stands_for)
+    if not collapse:
+        return Block(image_ids, x, cells, wanted, counts, probes)
+    weights = np.concatenate([part.weights for part in parts])[order]
+    firsts, place = distinct(x)
+    return Block(image_ids, x, cells, wanted, counts, probes, weights, firsts[place])
 
 
 def hashes(x: np.ndarray) -> np.ndarray:
     """Return a number of every row that equal rows share: uint64 [n]."""
-    words = (np.ascontiguousarray(x, np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
     factors = np.random.default_rng(0).integers(1, 2**63, x.shape[1], np.uint64) * 2 + 1
-    mixed = (words * factors).sum(axis=1, dtype=np.uint64)
+    mixed = np.empty(len(x), np.uint64)
+    for some in blocks(len(x), x.shape[1]):
+        words = (np.ascontiguousarray(x[some], np.float32) + np.float32(0)).view(np.uint32)
+        mixed[some] = (words * factors).sum(axis=1, dtype=np.uint64)
     return mixed ^ (mixed >> np.uint64(29))
 
 
-def _firsts_of_equal(x: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Return, for every row, the first that is equal to it: int64 [n]."""
-    order = np.lexsort((hashes(x), cells))
+def distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first of every set of equal rows int64 [r] ascending, and for each row its place among them,
+    int64 [n]."""
+    keys = hashes(x)
+    order = np.argsort(keys, kind="stable")
     new = np.ones(len(x), bool)
-    new[1:] = (x[order[1:]] != x[order[:-1]]).any(axis=1)
-    firsts = np.flatnonzero(new)
-    stands_for = np.empty(len(x), np.int64)
-    stands_for[order] = order[firsts][np.cumsum(new) - 1]
-    return stands_for
+    # Only rows of one hash need to be looked at.
+    twin = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    for some in blocks(len(twin), x.shape[1]):
+        at = twin[some]
+        new[at + 1] = (x[order[at + 1]] != x[order[at]]).any(axis=1)
+    first_of_set = order[new]
+    sorted_firsts = np.argsort(first_of_set)
+    rank = np.empty(len(first_of_set), np.int64)
+    rank[sorted_firsts] = np.arange(len(rank))
+    place = np.empty(len(x), np.int64)
+    place[order] = rank[np.cumsum(new) - 1]
+    return first_of_set[sorted_firsts], place
+
+
+def merge_distinct(
+    one: tuple[Neighbors, np.ndarray], other: tuple[Neighbors, np.ndarray]
+) -> tuple[Neighbors, np.ndarray]:
+    """Merge nearest rows that were found at two holders, of which some may be equal: the smallest id stays.
+
+    With the hashes of the rows, uint64 [n, k].
+    """
+    k = one[1].shape[1]
+    sq_dists = np.concatenate([one[0].sq_dists, other[0].sq_dists], axis=1)
+    image_ids = np.concatenate([one[0].image_ids, other[0].image_ids], axis=1)
+    keys = np.concatenate([one[1], other[1]], axis=1)
+
+    def sort(*by: np.ndarray) -> None:
+        order = np.lexsort(by, axis=1)
+        for values in (sq_dists, image_ids, keys):
+            values[:] = np.take_along_axis(values, order, axis=1)
+
+    sort(image_ids, keys, sq_dists)
+    again = (sq_dists[:, 1:] == sq_dists[:, :-1]) & (keys[:, 1:] == keys[:, :-1])
+    sq_dists[:, 1:][again] = np.inf
+    image_ids[:, 1:][again] = -1
+    sort(image_ids, sq_dists)
+    return Neighbors(sq_dists[:, :k], image_ids[:, :k]), keys[:, :k]
 
 
 def join(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from selective_ray import density, ivf, kmeans, memory, two_level
+from selective_ray import ivf, kmeans, memory, two_level
 from selective_ray.config import Config
 from selective_ray.listing import PIECE_ROWS, shard_rows
 from selective_ray.machines import Fleet, Machine
@@ -247,13 +247,7 @@ class Holding:
     def search(self) -> ivf.Plan:
         """How neighbors are searched."""
         settings = self.config.density
-        needed = density.neighbors_needed(min(settings.k, self.n), settings.include_self)
-        made = ivf.plan(
-            *(self.n, self.rates.d, needed),
-            mode="ivf" if settings.mode == "auto" and settings.probes else settings.mode,
-            lists=settings.lists,
-            recall=settings.recall,
-        )
+        made = ivf.plan_for(settings, self.n, self.rates.d, min(settings.k, self.n))
         return replace(made, workers=self.workers)
 
     @property

@@ -485,23 +485,26 @@ def densities(run: Run) -> np.ndarray:
     return np.concatenate([run.read_shard("density", i)["mean_sq_dist"].to_numpy() for i in shards])
 
 
-def work_under_way(run: Path, there: str, missing: str = "manifest.json"):
-    return lambda: any((run / "density").glob(there)) and not any((run / "density").glob(missing))
+def work_under_way(run: Path, there: str, count: int, missing: str):
+    folder = run / "density"
+    return lambda: len(list(folder.glob(there))) >= count and not any(folder.glob(missing))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("there", "missing"),
+    ("there", "count", "missing"),
     [
-        ("work/lists-*", "work/group-*"),
-        ("work/group-*", "part-*.parquet"),
-        ("part-*.parquet", "manifest.json"),
+        ("work/lists-*", 1, "work/group-*"),
+        # The lists of all shards are there.
+        ("work/lists-*", 24, "work/group-*"),
+        ("work/group-*", 1, "part-*.parquet"),
+        ("part-*.parquet", 1, "manifest.json"),
     ],
-    ids=["moving rows", "joining", "writing"],
+    ids=["finding lists", "moving rows", "joining", "writing"],
 )
-def test_owner_of_lists_killed(there, missing, expected_densities, vectors, tmp_path):
+def test_owner_of_lists_killed(there, count, missing, expected_densities, vectors, tmp_path):
     run = tmp_path / "run"
-    with killer("ray::ShardHolder", work_under_way(run, there, missing), 2) as killed:
+    with killer("ray::ShardHolder", work_under_way(run, there, count, missing), 2) as killed:
         source = pipeline.Source(embeddings=str(vectors))
         done = advance(run, source=source, upto="density", **LISTS)
     assert killed, "no owner was there to kill"

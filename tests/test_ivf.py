@@ -1,6 +1,9 @@
 """Inverted lists: partition, probes, groups and join against brute force; the certificate by hand."""
 
+import argparse
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -45,7 +48,9 @@ def joined(
         keys = joining.hashes(x[rows]) if collapse else image_ids[rows]
         mine = cells.of(assignment.lists, keys)
         counts, probed = cells.probed(assignment)
-        whole = joining.Block(image_ids[rows], x[rows], mine, np.ones(len(rows), bool), counts, probed)
+        weights = np.ones(len(rows), np.int64) if collapse else None
+        wanted = np.ones(len(rows), bool)
+        whole = joining.Block(image_ids[rows], x[rows], mine, wanted, counts, probed, weights)
         per_group = []
         for group in range(cells.groups):
             some = np.flatnonzero(cells.group_of(mine) == group)
@@ -57,6 +62,7 @@ def joined(
                 whole.wanted[some],
                 counts[some],
                 probes_of,
+                weights[some] if collapse else None,
             )
             per_group.append(joining.Block(*part))
         slices.append(per_group)
@@ -198,6 +204,35 @@ def test_collapsed_duplicates_count_once_and_share_the_distance_of_the_first(wor
         assert not np.isin(names, np.arange(81, 120)).any()
 
 
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_distinct_rows_and_their_places(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 3, (int(rng.integers(1, 60)), 2)).astype(np.float32)
+    firsts, place = joining.distinct(x)
+    assert np.array_equal(x[firsts][place], x)
+    assert np.array_equal(firsts, np.sort(np.unique(x, axis=0, return_index=True)[1]))
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_nearest_distinct_rows_of_holders_merge(seed):
+    """Of copies that lie with different holders one is left, the one with the smallest id."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-2, 3, (40, 3)).astype(np.float32)
+    merged = None
+    for held in np.array_split(np.arange(40), int(rng.integers(1, 5))):
+        rows = held[joining.distinct(x[held])[0]]
+        found = neighbors(x[:5], [(rows, x[rows])], 8)
+        keys = joining.hashes(x[found.image_ids.ravel()]).reshape(found.image_ids.shape)
+        merged = (found, keys) if merged is None else joining.merge_distinct(merged, (found, keys))
+    distinct = np.sort(np.unique(x, axis=0, return_index=True)[1])
+    exact = neighbors(x[:5], [(distinct, x[distinct])], 8)
+    assert np.array_equal(merged[0].sq_dists, exact.sq_dists)
+    assert np.isin(merged[0].image_ids, [-1, *distinct]).all()
+    assert np.array_equal(merged[0].image_ids[:, 0], exact.image_ids[:, 0])
+
+
 def test_hashes_of_equal_rows_are_equal():
     x = scattered(200)
     again = x[::-1].copy()[::-1]
@@ -262,15 +297,35 @@ def test_groups_are_a_share_of_the_rows_as_large_as_memory_allows():
 def test_plan_states_what_is_held_moved_and_compared():
     """By hand: 1,000 rows of 4 numbers by 10 lists, 5 neighbors, two workers."""
     plan = dataclasses.replace(ivf.plan(1000, 4, 5, mode="ivf", lists=10), workers=2)
-    assert plan.moved_bytes(2) == 1000 * (2 * 4 + 24 + 4 * ivf.PROBES_STATED)
-    assert plan.fetched_bytes(2) == plan.moved_bytes(2) * (1 + plan.groups)
-    held, group = 500 * (16 + 8 + 4 * ivf.PROBES_STATED), 256 * (2 * 16 + 16 * 2 * 5 + 32 * ivf.PROBES_STATED)
-    assert plan.holder_bytes(500, 2) == held + 2 * group + 320 * 2 * 16 + 2**28
     assert plan.compared == 1000, "few rows: all of them"
+    assert plan.probes == 10, "and so all lists"
+    assert plan.moved_bytes(2) == 1000 * (2 * 4 + 24 + 4 * 10)
+    assert plan.fetched_bytes(2) == plan.moved_bytes(2) * (1 + plan.groups)
+    held, group = 500 * (16 + 8), 256 * (2 * 16 + 16 * 2 * 5 + 32 * 10)
+    assert plan.holder_bytes(500, 2) == held + 500 * 4 * 10 + 2 * group + 320 * 2 * 16 + 2**28
+    kept = dataclasses.replace(plan, kept=500)
+    assert kept.holder_bytes(500, 2) == held + 500 * 2 * 12 * 500 + 2**28, "they are read in the end"
+    assert dataclasses.replace(plan, asked_probes=3).probes == 3
     assert plan.products == 1000 * (1000 + 10 + 2 * plan.sample)
     exact = ivf.plan(1000, 4, 5)
     assert exact.exact
     assert exact.products == 1000 * 1000
+
+
+def test_the_page_shows_the_plan_of_the_functions(capsys):
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("density", root / "benchmarks" / "density.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    how = {"kind": "512", "rows": [50_000_000, 1_000_000_000], "workers": [8, 64]}
+    module.plan(argparse.Namespace(**how, rate=3e10, network=1.25e9), root)
+    shown = (root / "docs" / "density.md").read_text()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + 4
+    assert [line for line in printed if line not in shown] == []
+    for n in (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000):
+        plan = ivf.plan(n, 128, 20)
+        assert f"| {n:,} | {plan.lists:,} | {plan.compared:,.0f} |" in shown
 
 
 def test_draw_is_seeded_and_takes_each_row_once():

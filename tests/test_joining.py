@@ -6,9 +6,15 @@ import pytest
 from conftest import unit
 from test_pipeline import advance
 
-from selective_ray import ivf
+from selective_ray import config, ivf
 from selective_ray.actors import pipeline
+from selective_ray.actors.density import measure
+from selective_ray.actors.pool import Pool
+from selective_ray.actors.session import Session
 from selective_ray.errors import UserError
+from selective_ray.progress import Reporter
+from selective_ray.schema import embeddings_schema, embeddings_table
+from selective_ray.store import Run
 
 N = 3000
 LISTS = {"density.mode": "ivf", "density.lists": 24, "density.k": 8, "selection.budget": None, "seed": 4}
@@ -20,6 +26,8 @@ def vectors():
     centers = rng.normal(size=(40, 24))
     x = unit(centers[rng.integers(0, 40, N)] + 0.7 * rng.normal(size=(N, 24)))
     x[100:110] = x[99]
+    # Held by another worker.
+    x[2000] = x[99]
     return x
 
 
@@ -89,6 +97,9 @@ def test_missed_recall_is_made_good_where_that_adds_lists(two_cpus, file, vector
     summary = run.manifest("density").summary
     assert summary["rounds"] > 1
     assert summary["certificate"]["recall"] >= 0.99
+    joined_in = summary["joined"]
+    assert joined_in[0] == N and len(joined_in) == summary["rounds"]
+    assert 0 < max(joined_in[1:]) < N, "rows that probe no more lists were joined again"
     plan = ivf.plan(N, 24, 8, mode="ivf", lists=24)
     centroids = ivf.train(vectors[ivf.draw(plan, 4)[0]], 24, 4)
     found, *_ = joined(vectors, centroids, summary["reach"], k=8)
@@ -118,16 +129,26 @@ def test_neighbors_are_kept(mode, include_self, two_cpus, file, vectors, tmp_pat
 @pytest.mark.parametrize("mode", ["exact", "ivf"])
 def test_collapsed_duplicates(mode, two_cpus, file, vectors, tmp_path):
     options = {"density.duplicates": "collapse", "density.mode": mode, "density.recall": 0.999}
+    options |= {"resources.shard_rows": 500, "resources.workers": 2, "density.keep_neighbors": True}
     if mode == "exact":
         options |= {"density.lists": None}
     run = measured(tmp_path / "run", file, **options)
     distinct, inverse = np.unique(vectors, axis=0, return_inverse=True)
     exact = np.sort(oracle.sq_dists(distinct, distinct), axis=1)[:, :8].mean(axis=1)[inverse.ravel()]
     found = column(run)
-    assert len(set(found[99:110].tolist())) == 1
+    copies = [*range(99, 110), 2000]
+    assert len(set(found[copies].tolist())) == 1
     assert found[99] > 0
+    names = np.stack(column(run, "neighbors", "neighbors"))
+    assert (names[copies] == names[99]).all()
+    assert not np.isin(names, copies[1:]).any(), "a copy is a neighbor"
     assert np.allclose(found[99:110], exact[99:110], rtol=1e-6)
     assert np.mean(np.isclose(found, exact, rtol=1e-6)) > (0.99 if mode == "ivf" else 0.9999)
+    if mode == "ivf":
+        summary = run.manifest("density").summary
+        assert summary["certificate"]["recall"] >= 0.999
+        assert summary["rounds"] <= 2
+        assert summary["reach"] < 1, "probing everything for neighbors that do not count"
 
 
 def test_half_precision_embeddings(two_cpus, file, vectors, tmp_path):
@@ -139,11 +160,21 @@ def test_half_precision_embeddings(two_cpus, file, vectors, tmp_path):
     assert np.allclose(column(run), exact, rtol=1e-5, atol=1e-12)
 
 
-def test_probes_as_told_are_certified_with_a_warning(two_cpus, file, tmp_path):
-    run = measured(tmp_path / "run", file, **{"density.probes": 1})
+def test_probes_as_told_are_certified_with_a_warning(two_cpus, file, tmp_path, capsys):
+    options = {**LISTS, "density.probes": 1}
+    run = advance(
+        tmp_path / "run",
+        source=pipeline.Source(embeddings=file),
+        upto="density",
+        reporter=Reporter(),
+        **options,
+    )
     summary = run.manifest("density").summary
     assert summary["probes"] == 1
     assert summary["certificate"]["recall"] < 0.99
+    said = capsys.readouterr().err
+    assert "density.probes = 1 found" in said and "raise the probes or leave them out" in said
+    assert "density: 2 workers, 0." in said and "GB each at most; 24 lists" in said
 
 
 @pytest.mark.parametrize(
@@ -174,6 +205,34 @@ def test_memory_that_is_not_there_is_said_before_the_work(two_cpus, file, tmp_pa
     monkeypatch.setattr(ivf.Plan, "holder_bytes", lambda self, rows, workers: 10**15)
     with pytest.raises(UserError, match=r"2 workers .* take 1000000\.0 GB each, .* has room for 0"):
         measured(tmp_path / "run", file, **{"resources.shard_rows": 500})
+
+
+def test_neighbors_without_the_image_itself_are_one_fewer(two_cpus, file, tmp_path):
+    exact = {"density.mode": "exact", "density.lists": None, "density.include_self": False}
+    with pytest.raises(UserError, match=r"exceeds the 2999 neighbors .* set density\.k to 2999 or fewer"):
+        measured(tmp_path / "run", file, **exact, **{"density.k": N})
+
+
+def test_shards_of_other_dimensions_are_said(two_cpus, tmp_path):
+    """Also where each worker has shards of one dimension only."""
+    run = Run(str(tmp_path / "run"))
+    run.prepare()
+    run.begin("embeddings", {"embed": {"dtype": "float32"}}, {})
+    shards = []
+    for i, d in enumerate((8, 9)):
+        x = unit(np.random.default_rng(i).normal(size=(50, d)))
+        table = embeddings_table(np.arange(50 * i, 50 * i + 50), x, embeddings_schema(d, "float32"))
+        shards.append(run.write_shard("embeddings", i, table))
+    summary = {"dimension": 8}
+    run.finish("embeddings", shards, seconds=1, peak_memory_bytes={}, summary=summary)
+    settings, _ = config.load(options={"resources.workers": 2, "density.k": 5}, own_embeddings=True)
+    with Session() as session:
+        pool = Pool(run, settings.resources, session)
+        try:
+            with pytest.raises(UserError, match=r"shard 1 of .* has rows of 9 numbers, and others of 8"):
+                measure(run, settings, pool, Reporter(quiet=True))
+        finally:
+            pool.stop()
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])

@@ -40,12 +40,15 @@ def pictures(folder: Path, n: int = 60) -> Path:
     return folder
 
 
-def advance(run: Path | str, *, upto: str = "selection", read=objects.read, source=None, **options):
+def advance(
+    run: Path | str, *, upto: str = "selection", read=objects.read, source=None, reporter=None, **options
+):
     settings, asked = config.load(
         options={**OPTIONS, **options}, own_embeddings=bool(source and source.embeddings)
     )
     where = Run(str(run))
-    pipeline.advance(where, source, settings, asked, Reporter(quiet=True), upto=upto, read=read)
+    reporter = reporter or Reporter(quiet=True)
+    pipeline.advance(where, source, settings, asked, reporter, upto=upto, read=read)
     return where
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import time
 import warnings
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from selective_ray import charts, in_memory, listing, page, report
+from selective_ray.certificate import Certificate
 from selective_ray.density import log_density
 from selective_ray.errors import UserError
 from selective_ray.schema import (
@@ -79,6 +81,7 @@ def make(
     settings: dict | None = None,
     dtype: str = "float32",
     rejected: tuple[tuple[int, str, str], ...] = (),
+    found: dict | None = None,
 ) -> Made:
     """A finished run as the stages leave it: the tables, shard by shard, and their manifests."""
     settings = ({"density.k": min(10, len(x))} if len(x) > 1 else {}) | (settings or {})
@@ -159,7 +162,7 @@ def make(
             shards,
             seconds=1.25,
             peak_memory_bytes={"driver": 120_000_000, "largest worker": 2_500_000_000},
-            summary={"noted": {"by": table}},
+            summary={"noted": {"by": table}} | ((found or {}) if table == "density" else {}),
         )
     return Made(run, x, selected, uris)
 
@@ -553,6 +556,17 @@ def test_kth_estimator(tmp_path):
     assert "the squared distance to the last of its 7 nearest neighbors" in found.sections["density"]
     densities = sorted(1 / made.selected.sq_dists.astype(float))
     assert sorted(card["values"][0] for card in found.cards) == densities
+
+
+def test_what_the_search_by_lists_missed(tmp_path, small_page):
+    assert "Every image was compared with every other." in small_page.sections["density"]
+    missed = Certificate(600, 0.9912, 0.985, 0.997, 0.0021, 0.034, 0.99987)
+    found = {"lists": 2048, "certificate": asdict(missed)}
+    made = make(tmp_path / "run", blobs(80), 8, painted(tmp_path / "in", 80, []), found=found)
+    words = " ".join(written(made).sections["density"].split())
+    assert "there are 2,048 lists" in words
+    assert "of 600 images drawn at random 99.1 % were found (95 % interval 98.5 to 99.7 %)" in words
+    assert "larger by 0.21 % on average and 3.4 % at most" in words and "to 0.99987 (rank" in words
 
 
 def test_tables_of_another_run(small, small_page, tmp_path):

@@ -61,13 +61,7 @@ def measure(
     k, warning = density.possible_k(settings.k, n, settings.include_self, "density.k" in asked)
     if warning:
         reporter.warn(warning)
-    needed = density.neighbors_needed(k, settings.include_self)
-    plan = ivf.plan(
-        *(n, embeddings.summary["dimension"], needed),
-        mode="ivf" if settings.mode == "auto" and settings.probes else settings.mode,
-        lists=settings.lists,
-        recall=settings.recall,
-    )
+    plan = ivf.plan_for(settings, n, embeddings.summary["dimension"], k)
     what = _what(config, plan, k)
     inputs = run.fingerprints("embeddings")
     if done := run.begin("density", what, inputs, earlier):
@@ -136,12 +130,18 @@ class _Stage:
         self.memory = 0
         self.products = 0
         self.counted: set[tuple[int, int]] = set()
+        # Images whose neighbors were found, by round.
+        self.images: list[int] = []
         self.phase, self.phases = ("", 0.0), {}
 
     def run_all(self, what: dict[str, Any], inputs: dict[str, str], reporter: Reporter) -> Manifest:
         """Search, certify, search further where that does not suffice, and write."""
         self._begin("starting")
         self.pool.start(self.plan.holder_bytes)
+        reporter.tell(
+            f"density: {len(self.pool.actors)} workers, {self.pool.memory / 1e9:.2f} GB each at most; "
+            + ("every row with every other" if self.plan.exact else f"{self.plan.lists} lists")
+        )
         self.plan = replace(self.plan, workers=self._workers())
         self.how = replace(self.how, list_rows=self.plan.group_rows)
         summary: dict[str, Any] = {"k": self.how.k, "neighbors": "exact"}
@@ -159,7 +159,8 @@ class _Stage:
             kept = [shard for _, shards, _ in answers for shard in shards]
             self.run.finish("neighbors", kept, **done, summary={"k": self.how.k})
         self._begin("")
-        summary |= {"products": self.products, "groups": cells.groups, "phases": self.phases}
+        summary |= {"products": self.products, "joined": self.images, "groups": cells.groups}
+        summary["phases"] = self.phases
         written = [shard for shards, _, _ in answers for shard in shards]
         finished = self.run.finish("density", written, **done, summary=summary)
         self.run.delete_folder("density", WORK)
@@ -227,10 +228,18 @@ class _Stage:
         centroids = self.pool.train(self.plan.lists, self.config.seed, training)
         image_ids, x = self.pool.rows_at(both)
         self._begin("exact neighbors of a sample")
-        sent = ray.put(x)
-        exact = self.pool.fold(
-            lambda actor: actor.neighbors_here.remote(sent, self.how.needed), Neighbors.merge
-        )
+        sent, needed = ray.put(x), self.how.needed
+        if self.how.collapse:
+            exact, _ = self.pool.fold(
+                lambda actor: actor.distinct_here.remote(sent, needed), joining.merge_distinct
+            )
+            if np.isinf(exact.sq_dists).any():
+                there = int(np.isfinite(exact.sq_dists).sum(axis=1).min())
+                raise density.too_few_distinct(self.how.k, there - (not self.how.include_self))
+            # A copy is joined as the first that is equal to it.
+            image_ids = exact.image_ids[:, 0]
+        else:
+            exact = self.pool.fold(lambda actor: actor.neighbors_here.remote(sent, needed), Neighbors.merge)
         sample = _Sample(image_ids, x, exact)
         reach = 0.0
         if not self.config.density.probes:
@@ -281,9 +290,10 @@ class _Stage:
         """Return the distances found of the sample's rows, in their order."""
         if self.how.round == 0:
             self.found = np.full(sample.exact.sq_dists.shape, np.nan)
-        place = {int(image_id): i for i, image_id in enumerate(sample.image_ids)}
         for image_ids, sq_dists in sampled:
-            self.found[[place[int(image_id)] for image_id in image_ids]] = sq_dists
+            # Two of the sample may be copies of one image.
+            row, at = np.nonzero(sample.image_ids[:, None] == image_ids)
+            self.found[row] = sq_dists[at]
         return self.found
 
     # Groups
@@ -330,6 +340,8 @@ class _Stage:
             self.bar.advance(sum(one.rows for one in new))
             for one in new:
                 self.bar.tell("group joined", group=one.group, rows=one.rows, groups=len(self.counted))
+        self.images += [0] * (self.how.round + 1 - len(self.images))
+        self.images[self.how.round] += sum(one.rows for one in new)
         self.memory = max([self.memory, *(one.memory for one in new)])
         self.products += sum(one.products for one in new)
 

@@ -65,7 +65,7 @@ class Joining:
 
 
 class RowsByList:
-    """The rows of a holder, ordered by the list they are in."""
+    """The rows of a holder, ordered by the list they are in; of equal ones the first, where they collapse."""
 
     def __init__(self, holder: ShardHolder, how: Joining) -> None:
         self.holder, self.how = holder, how
@@ -73,7 +73,11 @@ class RowsByList:
         names = ("lists", "counts", "probes")
         whole = ivf.Assignment(*(np.concatenate([getattr(p, name) for p, _ in parts]) for name in names))
         self.assignment, self.wanted = whole, np.concatenate([wanted for _, wanted in parts])
-        self.first_probe = np.cumsum(whole.counts, dtype=np.int64) - whole.counts
+        self.rows: np.ndarray | None = None
+        if how.collapse:
+            self.rows, place = joining.distinct(holder.x)
+            self.weights = np.bincount(place)
+            self.assignment, self.wanted = whole.take(self.rows), self.wanted[self.rows]
         self.order: tuple[np.ndarray, np.ndarray] | None = None
 
     def _assigned(self, shard: int, rows: slice) -> tuple[ivf.Assignment, np.ndarray]:
@@ -110,7 +114,7 @@ class RowsByList:
         return np.bincount(self.assignment.lists, minlength=lists)
 
     def _cells(self, cells: Cells) -> np.ndarray:
-        keys = joining.hashes(self.holder.x) if self.how.collapse else self.holder.image_ids
+        keys = self.holder.image_ids if self.rows is None else joining.hashes(self.holder.x)[self.rows]
         return cells.of(self.assignment.lists, keys)
 
     def work(self, cells: Cells, sizes: np.ndarray) -> np.ndarray:
@@ -135,20 +139,19 @@ class RowsByList:
         counts = probes = None
         if self.how.centroids is not None:
             # Only what these rows probe, in cells.
-            taken = self.assignment.counts[rows].astype(np.int64)
-            within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
-            lists = self.assignment.probes[np.repeat(self.first_probe[rows], taken) + within]
-            counts, probes = cells.probed(ivf.Assignment(self.assignment.lists[rows], taken, lists))
+            counts, probes = cells.probed(self.assignment.take(rows))
             # Half of what they take: there are more of them than of anything but coordinates.
             probes = probes.astype(np.int32)
-        x = self.holder.x[rows].astype(self.holder.dtype, copy=False)
-        return Block(self.holder.image_ids[rows], x, mine[first:last], self.wanted[rows], counts, probes)
+        at, weights = (rows, None) if self.rows is None else (self.rows[rows], self.weights[rows])
+        x = self.holder.x[at].astype(self.holder.dtype, copy=False)
+        ids, wanted = self.holder.image_ids[at], self.wanted[rows]
+        return Block(ids, x, mine[first:last], wanted, counts, probes, weights)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What the join of a group tells: how many rows were joined, by how many products, in how many bytes; and
-    what it found of sampled rows: image_ids int64 [s], sq_dists float64 [s, needed]."""
+    """What the join of a group tells: of how many images the neighbors were found, by how many products, in
+    how many bytes; and what it found of sampled rows: image_ids int64 [s], sq_dists float64 [s, needed]."""
 
     group: int
     rows: int
@@ -204,7 +207,7 @@ def join_group(
         "sq_dist": density.sq_dists_of(found, k=how.k, estimator=how.estimator),
     }
     if how.keep_neighbors:
-        kept = found if how.include_self else found.without(ids)
+        kept = found if how.include_self else found.without(block.first_ids[block.wanted])
         columns["neighbors"] = pa.FixedSizeListArray.from_arrays(pa.array(kept.image_ids.ravel()), how.k)
         near = kept.sq_dists.astype(np.float32).ravel()
         columns["sq_dists"] = pa.FixedSizeListArray.from_arrays(pa.array(near), how.k)
@@ -214,7 +217,7 @@ def join_group(
         same = earlier.filter(pa.array(~np.isin(earlier["image_id"].to_numpy(), ids)))
         table = pa.concat_tables([table, same])
     here = np.isin(ids, sampled)
-    joined = Joined(group, len(ids), products, peak_memory(), ids[here], found.sq_dists[here])
+    joined = Joined(group, block.images, products, peak_memory(), ids[here], found.sq_dists[here])
     table = table.sort_by("image_id").replace_schema_metadata(joined.metadata())
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none", row_group_size=max(1, -(-len(table) // ROW_GROUPS)))

@@ -34,6 +34,8 @@ class Pool:
         # CPUs that each takes, and that the cluster had when they were started.
         self.share, self.room = 1.0, 0.0
         self.stated: Callable[[int, int], int] = self._rows_alone
+        # Bytes that each may take.
+        self.memory = 0
 
     def start(self, stated: Callable[[int, int], int] | None = None) -> None:
         """Start the actors unless they run; each holds a contiguous share of the shards.
@@ -57,7 +59,9 @@ class Pool:
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
-        memory = max(self.stated(sum(rows[shard] for shard in held), count) for held in self.held)
+        self.memory = memory = max(
+            self.stated(sum(rows[shard] for shard in held), count) for held in self.held
+        )
         if not grows:
             self._check_room(count, memory)
         # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from selective_ray import density, embeddings, encoders, ivf, listing
+from selective_ray import embeddings, encoders, ivf, listing
 from selective_ray.actors import embeddings as embedding
 from selective_ray.actors import pipeline
 from selective_ray.actors.session import Session, cpus, gpus
@@ -253,13 +253,7 @@ def _settings(config: Config, n: int, d: int, rows: int, budget: int) -> Config:
     """Return the configuration for a stand-in: searched as all n rows would be, in lists as long."""
     settings = config.density
     k = min(settings.k, rows - 1)
-    mode = "ivf" if settings.mode == "auto" and settings.probes else settings.mode
-    search = ivf.plan(
-        *(n, d, density.neighbors_needed(settings.k, settings.include_self)),
-        mode=mode,
-        lists=settings.lists,
-        recall=settings.recall,
-    )
+    search = ivf.plan_for(settings, n, d, settings.k)
     lists = None if search.exact else max(16, round(search.lists * rows / n))
     return config.model_copy(
         update={

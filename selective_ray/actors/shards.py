@@ -38,7 +38,7 @@ from selective_ray.actors.joining import (
 )
 from selective_ray.actors.session import peak_memory
 from selective_ray.assignment import Assignment
-from selective_ray.distances import sq_dists_direct
+from selective_ray.distances import blocks, sq_dists_direct
 from selective_ray.errors import UserError
 from selective_ray.greedy import Met, Pick
 from selective_ray.heads import Trained, heads_table
@@ -126,15 +126,15 @@ class ShardHolder:
         """Read the shards at the first call that needs them: what is wrong with them is then told to it."""
         with self.loading:
             if self.held is None:
-                image_ids, x = np.empty(self.count, np.int64), None
+                d = self.run.manifest("embeddings").summary["dimension"]
+                image_ids, x = np.empty(self.count, np.int64), np.empty((self.count, d), np.float32)
                 for shard, where in self.rows.items():
                     self.run.verify_shard("embeddings", shard)
                     image_ids[where], part = self.run.read_embeddings(shard)
-                    x = np.empty((self.count, part.shape[1]), np.float32) if x is None else x
-                    if part.shape[1] != x.shape[1]:
+                    if part.shape[1] != d:
                         raise UserError(
                             f"shard {shard} of {self.run.path('embeddings')} has rows of {part.shape[1]} "
-                            f"numbers, and others of {x.shape[1]}; embed again with a new --run"
+                            f"numbers, and others of {d}; embed again with a new --run"
                         )
                     x[where] = part
                 self.held = image_ids, x
@@ -162,6 +162,15 @@ class ShardHolder:
         nearest = self.nearest(queries, needed)
         nearest.offer(self.image_ids, self.x)
         return nearest.found()
+
+    def distinct_here(self, queries: np.ndarray, needed: int) -> tuple[Neighbors, np.ndarray]:
+        """Find the nearest rows of some queries among those held here that differ; with their hashes."""
+        nearest, (rows, _) = self.nearest(queries, needed), joining.distinct(self.x)
+        for some in blocks(len(rows), self.x.shape[1]):
+            nearest.offer(self.image_ids[rows[some]], self.x[rows[some]])
+        found = nearest.found()
+        at = np.minimum(np.searchsorted(self.image_ids, found.image_ids.ravel()), self.count - 1)
+        return found, joining.hashes(self.x[at]).reshape(found.image_ids.shape)
 
     def lists_of(self, image_ids: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the lists of the images held here: places in image_ids, and lists."""
@@ -202,7 +211,13 @@ class ShardHolder:
         """Write the densities of the shards held here; also their neighbors, if kept, and peak memory."""
         self.by_list = None
         written, kept = [], []
-        found = read_groups(self.run, how, groups, self.image_ids)
+        ids = self.image_ids
+        if how.collapse:
+            firsts, place = joining.distinct(self.x)
+            ids = ids[firsts]
+        found = read_groups(self.run, how, groups, ids)
+        if how.collapse:
+            found = {key: values[place] for key, values in found.items()}
         for shard, rows in self.rows.items():
             part = {key: values[rows] for key, values in found.items()}
             ids = self.image_ids[rows]
