@@ -73,6 +73,9 @@ Method = Annotated[
 KeepUtilities = Annotated[
     bool, typer.Option("--keep-utilities", help="Write the utility of every image to utilities/.")
 ]
+KeepNeighbors = Annotated[
+    bool, typer.Option("--keep-neighbors", help="Write the k neighbors of every image to neighbors/.")
+]
 Preset = Annotated[str | None, typer.Option("--preset", help=f"Published constants: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", help="TOML file with the sections of the configuration.")

@@ -159,8 +159,9 @@ def test_labeled_images_repel_and_close_their_clusters(shard_rows, workers, vect
 
 def test_utilities_of_all_images(vectors, nested, tmp_path):
     run = tmp_path / "run"
-    words = ("--embeddings", nested, "--run", run, "--budget", 8, "--keep-utilities")
+    words = ("--embeddings", nested, "--run", run, "--budget", 8, "--keep-utilities", "--keep-neighbors")
     assert "nothing is pruned" in ask("select", *words)
+    assert read(run, "neighbors")["image_id"].tolist() == list(range(400))
     picks, utilities = read(run, "selection"), read(run, "utilities")
     assert picks["image_id"].tolist() == read(nested, "selection-8")["image_id"].tolist()
     assert utilities["image_id"].tolist() == list(range(400))
