@@ -20,7 +20,7 @@ import numpy as np
 from selective_ray.density import neighbors_needed
 from selective_ray.distances import flat_nonzero, product_error, sq_dists_direct
 from selective_ray.errors import UserError
-from selective_ray.neighbors import TILE_PRODUCTS, TILE_QUERIES
+from selective_ray.neighbors import TILE_PRODUCTS, TILE_QUERIES, TOGETHER_BYTES
 from selective_ray.two_level import shares
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Plan:
 
         Its rows; while joining their lists, a group with its k nearest so far and what it probes, one of the
         groups it is joined with, and the training rows; while writing, what is kept of its rows, and as much
-        again of what is read; and a quarter of a GB for the libraries.
+        again of what is read; a quarter of a GB for the libraries, and half as much for rows that are
+        compared with all.
         """
         probes = min(self.lists, PROBES_ROOM * self.probes)
         group = replace(self, workers=workers).group_rows * (
@@ -97,7 +98,7 @@ class Plan:
         )
         joining = rows * 4 * probes + 2 * group + self.training_rows * 2 * 4 * self.d
         writing = rows * 2 * 12 * self.kept
-        return rows * (4 * self.d + 8) + max(joining, writing) + 2**28
+        return rows * (4 * self.d + 8) + max(joining, writing) + TOGETHER_BYTES + 2**28
 
     @property
     def probes(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from selective_ray.distances import blocks
 from selective_ray.ivf import Assignment
-from selective_ray.neighbors import TILE_ROWS, TILE_ROWS_PER_NEIGHBOR, Nearest
+from selective_ray.neighbors import TOGETHER_BYTES, Nearest
 from selective_ray.schema import Neighbors
 
 
@@ -249,7 +249,7 @@ def _compare_with_all(
     group: int,
 ) -> None:
     """Offer the rows of groups together, so many that each query settles few of them in vain."""
-    enough = max(TILE_ROWS, TILE_ROWS_PER_NEIGHBOR * nearest.k)
+    enough = TOGETHER_BYTES // (4 * block.x.shape[1])
     parts: list[Block] = []
     for theirs in itertools.chain(_own_first(block, fetch, groups, group), [None]):
         if theirs is not None:
