@@ -281,7 +281,7 @@ def propose(
     """
     half_norms = (np.einsum("cd,cd->c", centroids, centroids, dtype=np.float64) / 2).astype(np.float32)
     columns = np.ascontiguousarray(centroids.T)
-    step = max(TILE_QUERIES, 4 * TILE_PRODUCTS // len(centroids))
+    step = max(TILE_QUERIES, TILE_PRODUCTS // len(centroids))
     buffer = np.empty((step, len(centroids)), np.float32)
     for start in range(0, len(x), step):
         tile = slice(start, min(start + step, len(x)))

@@ -13,11 +13,11 @@ import numpy as np
 from selective_ray.distances import blocks, flat_nonzero, product_error, sq_dists_direct
 from selective_ray.schema import Neighbors
 
-# Products computed at a time: 1 MB of float32, which a core keeps in its own cache.
-TILE_PRODUCTS = 1 << 18
+# Products computed at a time: 4 MB of float32, which stay near a core.
+TILE_PRODUCTS = 1 << 20
 # Rows and queries of a tile at least: fewer make matrix products slow. A tile of many rows for its k settles
 # few pairs in vain.
-TILE_QUERIES = 64
+TILE_QUERIES = 256
 TILE_ROWS = 4096
 TILE_ROWS_PER_NEIGHBOR = 64
 # Bytes of rows that are compared with all queries at a time, at least: what is near among few rows is settled
