@@ -61,6 +61,19 @@ def holder_bytes(rows: int, d: int, c: int) -> int:
     return rows * (4 * d + 64) + c * d * (8 + 4 * 4) + 2**28
 
 
+class TooFewDistinct(UserError):
+    """There are fewer distinct embeddings than clusters, of which the labeled images take some."""
+
+    def __init__(self, distinct: int, n: int, labeled: int = 0) -> None:
+        room = max(0, distinct - labeled)
+        besides = f" besides those of {labeled} labeled images" if labeled else ""
+        super().__init__(
+            f"the budget exceeds the {room} distinct embeddings among {n} images{besides}; "
+            + (f"lower --budget to {room} or fewer" if room else "there is nothing left to label")
+        )
+        self.distinct = distinct
+
+
 class Rows:
     """The rows one process holds, with the cluster each is in and their exact sums.
 
@@ -293,10 +306,6 @@ def starts_for_empty(partial: Partial, empty: np.ndarray, c: int, n: int) -> np.
     away = partial.far_sq_dists > coincident_sq_dist(n, partial.far_x.shape[1])
     starts = partial.far_x[away]
     if not len(starts):
-        distinct = c - len(empty)
-        raise UserError(
-            f"budget {c} exceeds the {distinct} distinct embeddings among {n} images; "
-            f"lower --budget to {distinct} or fewer"
-        )
+        raise TooFewDistinct(c - len(empty), n)
     # Fewer far rows than empty clusters: the rest repeat the last, stay empty, and are repaired next time.
     return starts[np.minimum(np.arange(len(empty)), len(starts) - 1)]

@@ -102,5 +102,18 @@ def find(run: Run, labeled: Labeled) -> np.ndarray:
     return np.sort(there["image_id"].to_numpy())
 
 
+def check_embedded(run: Run, image_ids: np.ndarray) -> None:
+    """Raise UserError where one of the labeled images, int64 ascending, was rejected when it was embedded."""
+    rejected = run.manifest("rejected")
+    assert rejected is not None
+    there = [run.read_shard("rejected", shard.index)["image_id"].to_numpy() for shard in rejected.shards]
+    lost = np.intersect1d(image_ids, np.concatenate(there)).tolist()
+    if lost:
+        raise UserError(
+            f"labeled image {lost[0]}{_more(lost)} could not be read when {run.uri} was embedded (see "
+            "rejected/); take it out of --labeled"
+        )
+
+
 def _more(unknown: list) -> str:
     return f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""

@@ -72,6 +72,8 @@ def test_same_clusters_for_any_shards_and_workers(
     last = clustering.history[-1]
     assert summary["mean_sq_dist_to_centroid"] == last.inertia
     assert summary["history"]["inertia"] == [iteration.inertia for iteration in clustering.history]
+    for key in ("empty", "smallest", "largest"):
+        assert summary["history"][key] == [getattr(iteration, key) for iteration in clustering.history]
     assert (summary["smallest_cluster"], summary["largest_cluster"]) == (last.smallest, last.largest)
     assert 0 < summary["share_of_distances"] <= 1.1
     assert not run.exists("clusters", "work")

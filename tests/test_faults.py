@@ -22,6 +22,7 @@ from test_pipeline import advance, picks_of, pictures
 from selective_ray import in_memory
 from selective_ray.actors import pipeline
 from selective_ray.errors import UserError
+from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
 N, BUDGET = 24_000, 600
@@ -80,6 +81,32 @@ def under_way(run: Path, table: str, shards: int) -> bool:
     )
 
 
+def rounds_told(done: list[float]) -> Reporter:
+    """A reporter that notes the rounds that are done."""
+    reporter = Reporter(quiet=True)
+    reporter.followers.append(
+        lambda event: done.append(event.numbers["done"]) if event.what == "rounds so far" else None
+    )
+    return reporter
+
+
+def kill_driver_after_rounds(words: list[str], run: Path, rounds: int) -> None:
+    """Start the command, and kill it when it has told of so many rounds of the selection."""
+    words = [*words, "--log", "json"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        told = [line for line in iter(driver.stderr.readline, "") if _kill_at(driver, line, rounds)]
+    assert told, "the rounds were never told of"
+    assert not (run / "selection" / "manifest.json").exists(), "the selection was finished before the kill"
+
+
+def _kill_at(driver: subprocess.Popen, line: str, rounds: int) -> bool:
+    there = line.startswith("{") and json.loads(line)
+    if there and there["message"] == "rounds so far" and there["done"] == rounds:
+        driver.kill()
+        return True
+    return False
+
+
 def kill_driver_in(
     words: list[str], run: Path, table: str, shards: int, number: int = signal.SIGKILL
 ) -> None:
@@ -117,7 +144,7 @@ def test_driver_killed_in_density_clusters_and_selection(vectors, expected_of_ve
     kill_driver_in(words, run, "clusters", 2)
     assert not (run / "density" / "work").exists()
     assert len(list((run / "clusters" / "work").glob("iteration-*.npz"))) >= 2
-    kill_driver_in(words, run, "selection", 0)
+    kill_driver_after_rounds(words, run, 3)
     output = finish(words)
     assert "already complete: images, embeddings, rejected, density, clusters" in output
     assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
@@ -330,6 +357,17 @@ def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_o
 
 
 @pytest.mark.faults
+def test_shard_holder_killed_among_rounds(two_cpus, vectors, expected_of_vectors, tmp_path):
+    """Its rows meet the picks of all rounds so far."""
+    source, told = pipeline.Source(embeddings=str(vectors)), []
+    how = {**SETTINGS, "selection.budget": BUDGET, "reporter": rounds_told(told)}
+    with killer("ray::ShardHolder", lambda: len(told) >= 3) as killed:
+        done = advance(tmp_path / "run", source=source, **how)
+    assert len(killed) == 1 and told[-1] == SETTINGS["selection.rounds"]
+    assert [pick["image_id"] for pick in picks_of(done)] == expected_of_vectors
+
+
+@pytest.mark.faults
 def test_driver_interrupted_politely(vectors, expected_of_vectors, tmp_path):
     run = tmp_path / "run"
     words = command(["--embeddings", str(vectors)], run, SETTINGS, BUDGET)
@@ -406,10 +444,14 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet})
 nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
+reporter, rounds = Reporter(quiet=True), []
+reporter.followers.append(lambda event: event.what == "rounds so far" and rounds.append(event))
+
 def kill_one():
-    while len(list(Path(run).glob(until))) < int(sys.argv[6]):
-        time.sleep(0.01)
-    if not (Path(run) / until.split("/")[0] / "manifest.json").exists():
+    while len(rounds if until == "rounds" else list(Path(run).glob(until))) < int(sys.argv[6]):
+        time.sleep(0.002)
+    table = "selection" if until == "rounds" else until.split("/")[0]
+    if not (Path(run) / table / "manifest.json").exists():
         cluster.remove_node(nodes[0], allow_graceful=False)
         print("killed", flush=True)
 
@@ -418,14 +460,15 @@ thread.start()
 options = json.loads(sys.argv[5])
 settings, asked = config.load(options=options, own_embeddings=kind == "embeddings")
 where = pipeline.Source(**{kind: source})
-pipeline.advance(Run(run), where, settings, asked, Reporter(quiet=True), upto="selection")
+pipeline.advance(Run(run), where, settings, asked, reporter, upto="selection")
 ray.shutdown()
 cluster.shutdown()
 """
 
 
 def kill_a_node(source: dict, run: Path, until: str, options: dict, count: int = 2) -> None:
-    """Run on two nodes of one CPU each, and kill one when `count` files of the run match `until`."""
+    """Run on two nodes of one CPU each, and kill one when `count` files of the run match `until`, or after so
+    many rounds of the selection."""
     (kind, where), options = *source.items(), {**options, "resources.workers": 2}
     words = [kind, where, str(run), until, json.dumps(options), str(count)]
     script = [sys.executable, "-c", NODE_KILLED, *words]
@@ -523,7 +566,7 @@ def test_a_whole_node_killed_while_joining(expected_densities, vectors, tmp_path
 def test_a_whole_node_killed_while_selecting(vectors, expected_of_vectors, tmp_path):
     """Its rows are read again on the other node, and meet the picks of all rounds so far."""
     run, options = tmp_path / "run", {**SETTINGS, "selection.budget": BUDGET}
-    kill_a_node({"embeddings": str(vectors)}, run, "selection/begun.json", options, 1)
+    kill_a_node({"embeddings": str(vectors)}, run, "rounds", options, 3)
     assert [pick["image_id"] for pick in picks_of(Run(str(run)))] == expected_of_vectors
 
 

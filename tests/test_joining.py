@@ -235,6 +235,25 @@ def test_shards_of_other_dimensions_are_said(two_cpus, tmp_path):
             pool.stop()
 
 
+def test_an_image_that_is_there_twice_is_said(two_cpus, tmp_path):
+    run = Run(str(tmp_path / "run"))
+    run.prepare()
+    run.begin("embeddings", {"embed": {"dtype": "float32"}}, {})
+    x, schema = unit(np.random.default_rng(0).normal(size=(50, 8))), embeddings_schema(8, "float32")
+    ids = (np.arange(50), np.arange(49, 99))
+    shards = [run.write_shard("embeddings", i, embeddings_table(ids[i], x, schema)) for i in range(2)]
+    summary = {"dimension": 8}
+    run.finish("embeddings", shards, seconds=1, peak_memory_bytes={}, summary=summary)
+    settings, _ = config.load(options={"resources.workers": 1, "density.k": 5}, own_embeddings=True)
+    with Session() as session:
+        pool = Pool(run, settings.resources, session)
+        try:
+            with pytest.raises(UserError, match=r"image 49 is there twice or out of order in .*embeddings"):
+                measure(run, settings, pool, Reporter(quiet=True))
+        finally:
+            pool.stop()
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_damaged_embeddings_are_said(damage, two_cpus, file, tmp_path):
     options = {

@@ -157,6 +157,13 @@ def test_every_budget_up_to_the_distinct_rows(final_assignment):
         run(x, kmeans.initial_rows(len(x), 18, 1), final_assignment=final_assignment)
 
 
+def test_labeled_images_take_some_of_the_distinct_rows():
+    said = str(kmeans.TooFewDistinct(17, 57, 5))
+    assert "exceeds the 12 distinct embeddings among 57 images besides those of 5 labeled" in said
+    assert "lower --budget to 12 or fewer" in said
+    assert "nothing left to label" in str(kmeans.TooFewDistinct(3, 57, 5))
+
+
 def test_all_rows_equal():
     x = np.tile(unit(np.ones((1, 5))), (10, 1))
     assert assignment.assign(x, run(x, np.array([3])).assigned_by).tolist() == [0] * 10

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import selective_ray
 from selective_ray import config, objects
 from selective_ray.actors import pipeline
+from selective_ray.actors.pool import Pool
 from selective_ray.cli import app
+from selective_ray.errors import UserError
 from selective_ray.progress import Reporter
 from selective_ray.store import Run
 
@@ -71,7 +73,7 @@ def undisturbed(two_cpus, folder, tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize(("shard_rows", "workers"), [(30, 2), (9, 1)])
+@pytest.mark.parametrize(("shard_rows", "workers"), [(30, 2), (9, 1), (8, 7)])
 def test_same_embeddings_and_picks_for_any_shards_and_workers(
     shard_rows, workers, undisturbed, folder, tmp_path
 ):
@@ -89,6 +91,38 @@ def test_same_embeddings_and_picks_for_any_shards_and_workers(
     assert picks_of(run) == picks_of(undisturbed)
     for table in ("embeddings", "density", "clusters"):
         assert run.manifest(table).fingerprint == undisturbed.manifest(table).fingerprint
+
+
+def test_labeled_image_that_cannot_be_read_is_said_before_density(two_cpus, tmp_path):
+    folder = pictures(tmp_path / "images", 30)
+    (folder / "zz.png").write_bytes(b"no picture")
+    (tmp_path / "labeled.csv").write_text("image_id\n3\n30\n")
+    options = {"selection.labeled": str(tmp_path / "labeled.csv"), "selection.budget": 4}
+    with pytest.raises(UserError, match=r"labeled image 30 could not be read .* take it out of --labeled"):
+        advance(tmp_path / "run", source=pipeline.Source(images=str(folder)), **options)
+    assert not (tmp_path / "run" / "density").exists()
+
+
+def test_memory_of_clusters_is_reckoned_after_density(two_cpus, undisturbed, folder, tmp_path, monkeypatch):
+    """More than what the workers began with: they begin anew, or it is refused before any iteration."""
+    source, run = pipeline.Source(images=str(folder)), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("selective_ray.kmeans.holder_bytes", lambda rows, d, m: 10**15)
+        with pytest.raises(UserError, match=r"take 1000000\.0 GB each, .* has room for 0"):
+            advance(run, source=source)
+    assert Run(str(run)).manifest("density") and not (run / "clusters" / "work").exists()
+    stated = []
+    start = Pool.start
+
+    def noted(pool, *how):
+        start(pool, *how)
+        stated.append(pool.memory)
+
+    monkeypatch.setattr("selective_ray.kmeans.holder_bytes", lambda rows, d, m: 700_000_000)
+    monkeypatch.setattr(Pool, "start", noted)
+    done = advance(tmp_path / "another", source=source)
+    assert stated[0] < 700_000_000 and set(stated[1:]) == {700_000_000}
+    assert picks_of(done) == picks_of(undisturbed)
 
 
 def test_order_of_the_files_on_disk_does_not_matter(undisturbed, folder, tmp_path):

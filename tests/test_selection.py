@@ -164,6 +164,30 @@ def test_pruning_changes_nothing(seed, options, glimpsed, spare):
     assert found.utilities.tolist() == everything.utilities.tolist()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_are_read_again_meet_all_rounds_so_far(variant):
+    """After every round one of three processes begins anew, with nothing but the picks of all rounds."""
+    x, labels, utility = world(3)
+    options = {key: value for key, value in VARIANTS[variant].items() if key not in ("rounds", "weight")}
+    how = {key: VARIANTS[variant][key] for key in ("rounds", "weight")}
+    expected = select(x, hold(x, labels, utility, 3, **options), **how)
+    held, history = hold(x, labels, utility, 3, **options), []
+
+    class Reborn:
+        def __getattr__(self, name):
+            return getattr(held[1], name)
+
+        def repel(self, picked):
+            history.append(picked)
+            held[1] = hold(x, labels, utility, 3, **options)[1]
+            for earlier in history:
+                held[1].repel(earlier)
+
+    found = select(x, [held[0], Reborn(), held[2]], **how)
+    assert found.image_ids.tolist() == expected.image_ids.tolist()
+    assert found.utilities.tolist() == expected.utilities.tolist()
+
+
 @pytest.mark.parametrize("variant", ["cifar100", "clip"])
 def test_pruning_compares_few(variant):
     x, labels, utility = world(0, n=4000, m=20, d=16)

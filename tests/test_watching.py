@@ -96,6 +96,8 @@ def test_a_run_tells_its_stages_shards_and_numbers(two_cpus, tmp_path):
     assert {line["shard"] for line in written} == {0, 1, 2}
     assert all(line["stage"] == "embed" and line["rows"] == 20 and line["rejected"] == 0 for line in written)
     objectives = [line["objective"] for line in lines if line["message"] == "iteration"]
+    smallest = [line["smallest"] for line in lines if line["message"] == "iteration"]
+    assert smallest == Run(str(tmp_path / "run")).manifest("clusters").summary["history"]["smallest"]
     assert objectives == Run(str(tmp_path / "run")).manifest("clusters").summary["history"]["inertia"]
     assert all(line["level"] in ("info", "warning") and line["time"] > 1e9 for line in lines)
 

@@ -75,18 +75,21 @@ def cluster(
             check()
             stopwatch.note()
 
-        clustering = two_level.cluster(
-            _Steps(pool, config, n).steps(),
-            n=n,
-            m=m,
-            split_from=settings.two_level,
-            iterations=settings.iterations,
-            tolerance=settings.tolerance,
-            final_assignment=settings.final_assignment,
-            reached=kept.reached,
-            watch=watch,
-            keep=kept.keep,
-        )
+        try:
+            clustering = two_level.cluster(
+                _Steps(pool, config, n).steps(),
+                n=n,
+                m=m,
+                split_from=settings.two_level,
+                iterations=settings.iterations,
+                tolerance=settings.tolerance,
+                final_assignment=settings.final_assignment,
+                reached=kept.reached,
+                watch=watch,
+                keep=kept.keep,
+            )
+        except kmeans.TooFewDistinct as error:
+            raise kmeans.TooFewDistinct(error.distinct, n, labeled) from None
         written = [ray.put(clustering.assigned_by), ray.put(clustering.centroids)]
         answers = pool.all(lambda actor: actor.write_clusters.remote(table, *written))
     buffer = io.BytesIO()
@@ -109,7 +112,7 @@ def cluster(
             "share_of_distances": round(sum(iteration.share for iteration in history) / len(history), 4),
             "history": {
                 key: [getattr(iteration, key) for iteration in history]
-                for key in ("inertia", "shift", "share", "seconds")
+                for key in ("inertia", "shift", "empty", "smallest", "largest", "share", "seconds")
             },
         },
     )
@@ -125,6 +128,8 @@ def _say(bar: Watch, iteration: kmeans.Iteration) -> None:
         objective=iteration.inertia,
         shift=iteration.shift,
         empty=iteration.empty,
+        smallest=iteration.smallest,
+        largest=iteration.largest,
         share_of_distances=iteration.share,
     )
     bar.say(

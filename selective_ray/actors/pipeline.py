@@ -100,7 +100,9 @@ def advance(
         if upto in ("clusters", "selection"):
             _check_budget(config, len(marked), run.manifest("embeddings").rows, "embedded images")
             told = truth.read([run], oracle) if oracle else None
-            steps = selection.steps(config, labeled.find(run, marked), told)
+            fixed = labeled.find(run, marked)
+            labeled.check_embedded(run, fixed)
+            steps = selection.steps(config, fixed, told)
             _check_extends(run, config, steps)
         pool = Pool(run, config.resources, session)
         # The neighbors of images are what their clusters are trained to agree with.

@@ -40,16 +40,18 @@ class Pool:
     def start(self, stated: Callable[[int, int], int] | None = None) -> None:
         """Start the actors unless they run; each holds a contiguous share of the shards.
 
-        stated gives the bytes that an actor of so many rows takes, one of so many actors. Raises UserError
-        where they are not there.
+        stated gives the bytes that an actor of so many rows takes, one of so many actors; those that run with
+        fewer are started anew. Raises UserError where they are not there.
         """
-        if self.actors:
-            return
         self.stated = stated or self.stated
+        if self.actors:
+            if self._bytes() <= self.memory:
+                return
+            self.stop()
         self.session.start()
         embeddings = self.run.manifest("embeddings")
         assert embeddings is not None
-        rows = [shard.rows for shard in embeddings.shards]
+        rows = self._rows()
         each = gpus_each(self.resources)
         grows = self.resources.autoscale
         count = min(self.resources.workers or (max(1, int(gpus() / each)) if each else cpus()), len(rows))
@@ -59,9 +61,7 @@ class Pool:
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
         dtype = embeddings.what["embed"]["dtype"]
-        self.memory = memory = max(
-            self.stated(sum(rows[shard] for shard in held), count) for held in self.held
-        )
+        self.memory = memory = self._bytes()
         if not grows:
             self._check_room(count, memory)
         # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.
@@ -74,6 +74,16 @@ class Pool:
             )
             for held in self.held
         ]
+
+    def _rows(self) -> list[int]:
+        embeddings = self.run.manifest("embeddings")
+        assert embeddings is not None
+        return [shard.rows for shard in embeddings.shards]
+
+    def _bytes(self) -> int:
+        """Bytes that the actor takes which takes most."""
+        rows = self._rows()
+        return max(self.stated(sum(rows[shard] for shard in held), len(self.held)) for held in self.held)
 
     def _rows_alone(self, rows: int, _: int) -> int:
         return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 160) + 2**28

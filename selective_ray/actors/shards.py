@@ -137,6 +137,12 @@ class ShardHolder:
                             f"numbers, and others of {d}; embed again with a new --run"
                         )
                     x[where] = part
+                if (np.diff(image_ids) <= 0).any():
+                    twice = int(image_ids[1:][np.diff(image_ids) <= 0][0])
+                    raise UserError(
+                        f"image {twice} is there twice or out of order in {self.run.path('embeddings')}; "
+                        "embed again with a new --run"
+                    )
                 self.held = image_ids, x
         return self.held
 
