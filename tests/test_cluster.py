@@ -169,6 +169,9 @@ def test_small_files_travel_and_others_are_told_of(tmp_path, monkeypatch):
     packed = submission.pack(words)
     assert packed.words[:4] == ["select", "--config", "0-a.toml", "--labeled=1-b.csv"]
     assert packed.words[4:] == words[4:] and list(packed.files.values()) == [config, labels]
+    here = submission.pack(["select", "--images", "photos", "--run=runs/one", "--encoder", "pca"]).words
+    assert here == ["select", "--images", str(Path("photos").absolute()), *here[3:]], "a job runs elsewhere"
+    assert here[3:] == [f"--run={Path('runs/one').absolute()}", "--encoder", "pca"]
     before = packed.name
     config.write_text("seed = 4")
     assert submission.pack(words).name != before

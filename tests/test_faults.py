@@ -357,6 +357,19 @@ def test_shard_holder_killed(table, shards, times, two_cpus, vectors, expected_o
 
 
 @pytest.mark.faults
+def test_shard_holder_killed_while_sums_travel_by_ranges(
+    two_cpus, vectors, expected_of_vectors, tmp_path, monkeypatch
+):
+    """Sums that lay with it, or were added there, are made again."""
+    monkeypatch.setattr("selective_ray.kmeans.RANGE_ENTRIES", 32 * 100)
+    run, source = tmp_path / "run", pipeline.Source(embeddings=str(vectors))
+    with killer("ray::ShardHolder", lambda: under_way(run, "clusters", 1), 3) as killed:
+        done = advance(run, source=source, **SETTINGS, **{"selection.budget": BUDGET})
+    assert len(killed) == 3
+    assert [pick["image_id"] for pick in picks_of(done)] == expected_of_vectors
+
+
+@pytest.mark.faults
 def test_shard_holder_killed_among_rounds(two_cpus, vectors, expected_of_vectors, tmp_path):
     """Its rows meet the picks of all rounds so far."""
     source, told = pipeline.Source(embeddings=str(vectors)), []

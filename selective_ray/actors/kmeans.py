@@ -157,17 +157,28 @@ class _Steps:
         return self.sent[name][1]
 
     def full(self, centroids: np.ndarray, candidates: int, clusters: slice) -> Partial:
-        """One Partial of some clusters from each actor, for all its shards, added as they come."""
+        """One Partial of some clusters from each actor, for all its shards, added."""
         sent = self._put("centroids", centroids)
-        return self.pool.fold(
-            lambda actor: actor.kmeans_step.remote(sent, candidates, clusters), Partial.__add__
+        return self._add(
+            lambda actor: actor.kmeans_step.remote(sent, candidates, clusters), clusters, len(centroids)
         )
 
     def inside(self, split: Split, centroids: np.ndarray, candidates: int, clusters: slice) -> Partial:
         sent = self._put("split", split), self._put("centroids", centroids)
-        return self.pool.fold(
-            lambda actor: actor.kmeans_step_inside.remote(*sent, candidates, clusters), Partial.__add__
+        return self._add(
+            lambda actor: actor.kmeans_step_inside.remote(*sent, candidates, clusters),
+            clusters,
+            len(centroids),
         )
+
+    def _add(self, call: Callable[[Any], ray.ObjectRef], clusters: slice, c: int) -> Partial:
+        """Add what all actors contribute to all clusters here, and to a range of them each on another actor:
+        only the sum comes here, however many actors there are."""
+        width = clusters.stop - clusters.start
+        if width in (0, c):
+            return self.pool.fold(call, Partial.__add__)
+        turn = clusters.start // width
+        return self.pool.added(call, lambda actor, parts: actor.add.remote(*parts), turn)
 
     def start(self, count: int) -> np.ndarray:
         seed = self.config.seed

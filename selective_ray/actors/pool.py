@@ -124,6 +124,22 @@ class Pool:
             except Shrunk:
                 self.restart()
 
+    def added(
+        self,
+        call: Callable[[Any], ray.ObjectRef],
+        add: Callable[[Any, list[ray.ObjectRef]], ray.ObjectRef],
+        turn: int,
+    ) -> Any:
+        """Make one call on every actor, and have the answers added by the one whose turn it is."""
+        while True:
+            parts = [call(actor) for actor in self.actors]
+            added = add(self.actors[turn % len(self.actors)], parts)
+            try:
+                self.wait([added])
+                return self.answer(added)
+            except Shrunk:
+                self.restart()
+
     def all(self, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         """Make one call on every actor and return the answers, as they came."""
         while True:

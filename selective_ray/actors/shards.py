@@ -6,6 +6,7 @@ call needs comes with it, so nothing is lost but time.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -262,6 +263,11 @@ class ShardHolder:
     def kmeans_step(self, centroids: np.ndarray, candidates: int, clusters: slice) -> Partial:
         """Assign the rows held here, unless they are; return their Partial of some clusters."""
         return self._clustering().step(centroids, candidates, clusters)
+
+    @ray.method(concurrency_group="move")
+    def add(self, *parts: Partial) -> Partial:
+        """Add what several holders contribute to some clusters."""
+        return functools.reduce(Partial.__add__, parts)
 
     def _clustering(self) -> kmeans.Rows:
         self.inside = None

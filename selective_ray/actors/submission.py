@@ -22,8 +22,10 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from selective_ray.errors import UserError, first_line
 
-# Options whose local files travel with the job; all other paths must be reachable from the cluster.
+# Options whose local files travel with the job; all other paths must be reachable from the cluster, and are
+# those of here: a job runs in a folder of its own.
 FILES = ("--config", "--labeled", "--labels", "--truth", "--validation", "--checkpoint")
+PATHS = (*FILES, "--images", "--embeddings", "--since", "--run")
 # More than this does not belong into a job's folder.
 LARGEST_BYTES = 256 << 20
 # The address of the Jobs API on the head, as a tunnel to it has it, too.
@@ -52,22 +54,34 @@ class Packed:
 
 
 def pack(words: list[str]) -> Packed:
-    """Replace local files that options name by names in the job's folder; UserError if one is large."""
+    """Replace local files that options name by names in the job's folder, and make other paths absolute.
+
+    Raises UserError where a file is too large to travel.
+    """
     packed, files, option = [], {}, ""
     for word in words:
         name, equals, value = word.partition("=")
-        file = Path(value if equals and name in FILES else word)
-        if (option in FILES or (equals and name in FILES)) and file.is_file():
-            if file.stat().st_size > LARGEST_BYTES:
-                raise UserError(
-                    f"{file} is too large to travel with a job; put it into object storage and give its uri"
-                )
-            there = f"{len(files)}-{file.name}"
-            files[there] = file
-            word = f"{name}={there}" if equals and name in FILES else there
-        packed.append(word)
+        if equals and name in PATHS:
+            packed.append(f"{name}={_there(name, value, files)}")
+        else:
+            packed.append(_there(option, word, files))
         option = word
     return Packed(packed, files)
+
+
+def _there(option: str, value: str, files: dict[str, Path]) -> str:
+    """Return the value of an option as the job knows it; a file that travels is added to the files."""
+    path = Path(value)
+    if option in FILES and path.is_file():
+        if path.stat().st_size > LARGEST_BYTES:
+            raise UserError(
+                f"{path} is too large to travel with a job; put it into object storage and give its uri"
+            )
+        name = f"{len(files)}-{path.name}"
+        files[name] = path
+        return name
+    local = option in PATHS or (option == "--encoder" and path.is_dir())
+    return str(path.absolute()) if local and "://" not in value else value
 
 
 def submit(words: list[str], address: str | None, say: Callable[[str], None], *, wait: bool = True) -> int:
