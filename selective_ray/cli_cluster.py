@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -66,6 +67,8 @@ def check(
         from selective_ray.actors import fitness
         from selective_ray.actors.session import Session
 
+        # Processes of the cluster work in other folders.
+        run = str(Path(run).absolute()) if run and "://" not in run else run
         reporter = Reporter(quiet=as_json)
         lines = []
         with Session(address) as session:

@@ -144,8 +144,9 @@ def test_collapsed_duplicates(mode, two_cpus, file, vectors, tmp_path):
     assert not np.isin(names, copies[1:]).any(), "a copy is a neighbor"
     assert np.allclose(found[99:110], exact[99:110], rtol=1e-6)
     assert np.mean(np.isclose(found, exact, rtol=1e-6)) > (0.99 if mode == "ivf" else 0.9999)
+    summary = run.manifest("density").summary
+    assert summary["joined"][0] == N, "copies count as images"
     if mode == "ivf":
-        summary = run.manifest("density").summary
         assert summary["certificate"]["recall"] >= 0.999
         assert summary["rounds"] <= 2
         assert summary["reach"] < 1, "probing everything for neighbors that do not count"
