@@ -32,8 +32,11 @@ from selective_ray.survey import Survey, survey
 
 # Images that are read, decoded and embedded.
 SAMPLE = 2_048
-# Rows of the stand-in, which is selected from; and a smaller one, which tells what does not grow with rows.
-STAND_IN, SMALL = 32_768, 4_096
+# Rows of the stand-in, which is selected from; and a smaller one, which tells what does not grow with rows. Of
+# fewer rows the groups that are joined are so small that a product takes twice as long. By brute force, and
+# of many dimensions, fewer rows do.
+STAND_IN, SMALL = 131_072, 4_096
+STAND_IN_EXACT, STAND_IN_ENTRIES = 32_768, 1 << 26
 # A row of the stand-in lies between a sampled one and one of so many nearest.
 BETWEEN = 8
 
@@ -197,7 +200,9 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
 
     The smaller one comes twice: once with processes that have yet to start, which the other two find there.
     """
-    small, large = (min(max(n // 2, 1), SMALL), min(n, STAND_IN))
+    exact = ivf.plan_for(config.density, n, x.shape[1], config.density.k).exact
+    most = STAND_IN_EXACT if exact else min(STAND_IN, STAND_IN_ENTRIES // x.shape[1])
+    small, large = min(max(n // 2, 1), SMALL), min(n, most)
     budget = max(config.selection.every_budget(), default=1)
     clusters = max(1, min(budget, small // 8))
     with tempfile.TemporaryDirectory() as folder:
@@ -222,8 +227,16 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         """Seconds that no row takes."""
         return max(0.0, seconds(made) - grows(seconds) * small / workers)
 
+    def joined(made: dict[str, Manifest]) -> np.ndarray:
+        summary = made["density"].summary
+        return np.array([summary["products"], summary["phases"]["joining"]])
+
+    # Not of the larger one alone: a group takes time however few its rows.
+    more, longer = joined(last) - joined(before) if rows else joined(last)
+    join_products = float(more / max(1e-3, longer))
+
     def beside(made: dict[str, Manifest]) -> float:
-        return made["density"].seconds - made["density"].summary["phases"]["joining"]
+        return made["density"].seconds - float(joined(made)[0]) / join_products
 
     def clustering(made: dict[str, Manifest]) -> float:
         return made["clusters"].seconds - sum(made["clusters"].summary["history"]["seconds"])
@@ -235,8 +248,7 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         rates,
         d=x.shape[1],
         workers=workers,
-        join_products=last["density"].summary["products"]
-        / max(1e-3, last["density"].summary["phases"]["joining"]),
+        join_products=join_products,
         row_seconds=grows(beside),
         holder_seconds=starts(beside, cold),
         products=large * last["clusters"].summary["clusters"] / max(1e-3, history[0]),
