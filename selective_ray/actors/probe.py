@@ -32,9 +32,9 @@ from selective_ray.survey import Survey, survey
 
 # Images that are read, decoded and embedded.
 SAMPLE = 2_048
-# Rows of the stand-in, which is selected from; and a smaller one, which tells what does not grow with rows. Of
-# fewer rows the groups that are joined are so small that a product takes twice as long. By brute force, and
-# of many dimensions, fewer rows do.
+# Rows of the stand-in, which is selected from; and a smaller one, which tells what does not grow with rows.
+# Of fewer rows the groups that are joined are so small that a product takes twice as long. By brute force,
+# and of many dimensions, fewer rows do.
 STAND_IN, SMALL = 131_072, 4_096
 STAND_IN_EXACT, STAND_IN_ENTRIES = 32_768, 1 << 26
 # A row of the stand-in lies between a sampled one and one of so many nearest.
