@@ -37,6 +37,8 @@ SAMPLE = 2_048
 # and of many dimensions, fewer rows do.
 STAND_IN, SMALL = 131_072, 4_096
 STAND_IN_EXACT, STAND_IN_ENTRIES = 32_768, 1 << 26
+# Clusters at least by which iterations are counted.
+LEAST_CLUSTERS = 256
 # A row of the stand-in lies between a sampled one and one of so many nearest.
 BETWEEN = 8
 
@@ -214,6 +216,12 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
             source = pipeline.Source(embeddings=f"{folder}/x.npy")
             pipeline.advance(run, source, settings, set(), Reporter(quiet=True), upto="selection")
             found.append({table: run.manifest(table) for table in ("density", "clusters", "selection")})
+        # Iterations until the tolerance depend on how many rows a cluster has: here as many as in the run.
+        fewer = min(settings.selection.budget, max(LEAST_CLUSTERS, round(budget * large / n)))
+        settings = _settings(config, n, x.shape[1], large, fewer)
+        run = Run(f"{place}-iterations", access)
+        pipeline.advance(run, source, settings, set(), Reporter(quiet=True), upto="clusters")
+        iterations = run.manifest("clusters").summary["iterations"]
     cold, before, last = found
     workers = min(config.resources.workers or int(rates.gpus or rates.cpus), len(last["density"].shards))
     history = last["clusters"].summary["history"]["seconds"]
@@ -253,7 +261,7 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         holder_seconds=starts(beside, cold),
         products=large * last["clusters"].summary["clusters"] / max(1e-3, history[0]),
         later_share=float(np.mean(history[1:]) / max(1e-3, history[0])) if len(history) > 1 else 1.0,
-        iterations=len(history),
+        iterations=iterations,
         cluster_seconds=grows(clustering),
         select_seconds=grows(selecting),
         cluster_start=starts(clustering, before),
