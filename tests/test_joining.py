@@ -162,20 +162,18 @@ def test_half_precision_embeddings(two_cpus, file, vectors, tmp_path):
 
 
 def test_probes_as_told_are_certified_with_a_warning(two_cpus, file, tmp_path, capsys):
-    options = {**LISTS, "density.probes": 1}
-    run = advance(
-        tmp_path / "run",
-        source=pipeline.Source(embeddings=file),
-        upto="density",
-        reporter=Reporter(),
-        **options,
-    )
+    options, reporter, told = {**LISTS, "density.probes": 1}, Reporter(), []
+    reporter.followers.append(told.append)
+    source = pipeline.Source(embeddings=file)
+    run = advance(tmp_path / "run", source=source, upto="density", reporter=reporter, **options)
     summary = run.manifest("density").summary
     assert summary["probes"] == 1
     assert summary["certificate"]["recall"] < 0.99
     said = capsys.readouterr().err
     assert "density.probes = 1 found" in said and "raise the probes or leave them out" in said
-    assert "density: 2 workers, 0." in said and "GB each at most; 24 lists" in said
+    (began,) = (event.numbers for event in told if event.what == "workers")
+    assert began["workers"] == 2 and began["lists"] == 24
+    assert began["worker_bytes"] == summary["worker_bytes"] > 2**28
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,10 @@ class _Stage:
         """Search, certify, search further where that does not suffice, and write."""
         self._begin("starting")
         self.pool.start(self.plan.holder_bytes)
-        reporter.tell(
-            f"density: {len(self.pool.actors)} workers, {self.pool.memory / 1e9:.2f} GB each at most; "
+        workers, each = len(self.pool.actors), self.pool.memory
+        self.bar.tell("workers", workers=workers, worker_bytes=each, lists=self.plan.lists)
+        reporter.say(
+            f"density: {workers} workers, {each / 1e9:.2f} GB each at most; "
             + ("every row with every other" if self.plan.exact else f"{self.plan.lists} lists")
         )
         self.plan = replace(self.plan, workers=self._workers())
@@ -160,7 +162,7 @@ class _Stage:
             self.run.finish("neighbors", kept, **done, summary={"k": self.how.k})
         self._begin("")
         summary |= {"products": self.products, "joined": self.images, "groups": cells.groups}
-        summary["phases"] = self.phases
+        summary |= {"phases": self.phases, "worker_bytes": self.pool.memory}
         written = [shard for shards, _, _ in answers for shard in shards]
         finished = self.run.finish("density", written, **done, summary=summary)
         self.run.delete_folder("density", WORK)
