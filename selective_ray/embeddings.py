@@ -68,10 +68,10 @@ def complain(not_finite: np.ndarray, zero: np.ndarray, name: str) -> None:
 
 
 def read(path: str) -> tuple[int, int, Iterator[tuple[np.ndarray, list[str]]]]:
-    """Open a `.npy` array [n, d] or Parquet with an `embedding` column (and perhaps `uri`).
+    """Open a `.npy` array [n, d] or Parquet with an `embedding` column (and perhaps `uri`, and `image_id`).
 
     Returns n, d, and an iterator of blocks: the rows as they are stored [b, d], and their uris. Raises
-    UserError for what cannot be read or has another shape.
+    UserError for what cannot be read or has another shape, and where image ids are not row numbers.
     """
     if not Path(path).is_file():
         raise UserError(
@@ -137,8 +137,16 @@ def _read_parquet(path: str) -> tuple[int, int, Iterator[tuple[np.ndarray, list[
     def rows() -> Iterator[tuple[np.ndarray, list[str]]]:
         start = 0
         for batch in file.iter_batches(
-            ROWS_AT_A_TIME, columns=[c for c in ("embedding", "uri") if c in names]
+            ROWS_AT_A_TIME, columns=[c for c in ("embedding", "uri", "image_id") if c in names]
         ):
+            if "image_id" in names:
+                ids = batch["image_id"].to_numpy(zero_copy_only=False)
+                if len(other := np.flatnonzero(ids != np.arange(start, start + len(batch)))):
+                    raise UserError(
+                        f"row {start + other[0]} of {path} has the image_id {batch['image_id'][other[0]]}, "
+                        "and image ids are row numbers, each once and in order: number the rows from 0, or "
+                        "leave the column out (a column `uri` tells whose they are)"
+                    )
             lists = batch["embedding"]
             lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
             odd = np.flatnonzero(~(lengths == d))

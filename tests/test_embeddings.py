@@ -202,6 +202,25 @@ def test_parquet_that_is_no_array_of_numbers_is_refused(parquet, column, words):
     assert str(path) in message and words in message
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([0, 1, 2, 3, 3, 5], "row 4 of {path} has the image_id 3, and image ids are row numbers"),
+        ([0, 1, 2, 3, 5, 4], "row 4 of {path} has the image_id 5"),
+        ([0, 1, 2, 3, 4, None], "row 5 of {path} has the image_id None"),
+        (list("abcdef"), "row 0 of {path} has the image_id a"),
+    ],
+)
+def test_image_ids_that_are_not_row_numbers_are_refused(ids, words, tmp_path, monkeypatch):
+    """Else picks would name other images than the ids of the file do, or one image twice."""
+    monkeypatch.setattr(embeddings, "ROWS_AT_A_TIME", 4)
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"embedding": X.tolist(), "image_id": range(6)}), path)
+    assert np.array_equal(whole(path)[0], X)
+    pq.write_table(pa.table({"embedding": X.tolist(), "image_id": ids}), path)
+    assert words.format(path=path) in said(whole, path)
+
+
 def test_a_missing_column_is_refused_naming_those_there(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"embeddings": [[1.0]], "uri": ["a"]}), path)

@@ -81,12 +81,18 @@ def under_way(run: Path, table: str, shards: int) -> bool:
     )
 
 
-def rounds_told(done: list[float]) -> Reporter:
-    """A reporter that notes the rounds that are done."""
+def holding_rounds(done: list[float], until) -> Reporter:
+    """A reporter that notes the rounds that are done, and holds the fourth until something has happened."""
     reporter = Reporter(quiet=True)
-    reporter.followers.append(
-        lambda event: done.append(event.numbers["done"]) if event.what == "rounds so far" else None
-    )
+
+    def follow(event):
+        if event.what == "rounds so far":
+            done.append(event.numbers["done"])
+            deadline = time.monotonic() + 60
+            while len(done) == 3 and not until() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    reporter.followers.append(follow)
     return reporter
 
 
@@ -373,8 +379,9 @@ def test_shard_holder_killed_while_sums_travel_by_ranges(
 def test_shard_holder_killed_among_rounds(two_cpus, vectors, expected_of_vectors, tmp_path):
     """Its rows meet the picks of all rounds so far."""
     source, told = pipeline.Source(embeddings=str(vectors)), []
-    how = {**SETTINGS, "selection.budget": BUDGET, "reporter": rounds_told(told)}
     with killer("ray::ShardHolder", lambda: len(told) >= 3) as killed:
+        reporter = holding_rounds(told, lambda: killed)
+        how = {**SETTINGS, "selection.budget": BUDGET, "reporter": reporter}
         done = advance(tmp_path / "run", source=source, **how)
     assert len(killed) == 1 and told[-1] == SETTINGS["selection.rounds"]
     assert [pick["image_id"] for pick in picks_of(done)] == expected_of_vectors
@@ -458,7 +465,15 @@ nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
 reporter, rounds = Reporter(quiet=True), []
-reporter.followers.append(lambda event: event.what == "rounds so far" and rounds.append(event))
+
+def follow(event):
+    if event.what == "rounds so far":
+        rounds.append(event)
+        if until == "rounds" and len(rounds) == int(sys.argv[6]):
+            # The kill is over before the next round.
+            thread.join(60)
+
+reporter.followers.append(follow)
 
 def kill_one():
     while len(rounds if until == "rounds" else list(Path(run).glob(until))) < int(sys.argv[6]):

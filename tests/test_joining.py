@@ -212,45 +212,36 @@ def test_neighbors_without_the_image_itself_are_one_fewer(two_cpus, file, tmp_pa
         measured(tmp_path / "run", file, **exact, **{"density.k": N})
 
 
-def test_shards_of_other_dimensions_are_said(two_cpus, tmp_path):
+def measured_of(run, shards, workers):
+    """Measure densities of shards of embeddings as another program may have written them: (image_ids, x)."""
+    run.prepare()
+    run.begin("embeddings", {"embed": {"dtype": "float32"}}, {})
+    written = [
+        run.write_shard("embeddings", i, embeddings_table(ids, x, embeddings_schema(x.shape[1], "float32")))
+        for i, (ids, x) in enumerate(shards)
+    ]
+    summary = {"dimension": shards[0][1].shape[1]}
+    run.finish("embeddings", written, seconds=1, peak_memory_bytes={}, summary=summary)
+    settings, _ = config.load(options={"resources.workers": workers, "density.k": 5}, own_embeddings=True)
+    with Session() as session:
+        pool = Pool(run, settings.resources, session)
+        try:
+            measure(run, settings, pool, Reporter(quiet=True))
+        finally:
+            pool.stop()
+
+
+def test_shards_of_other_dimensions_are_said(two_cpus, vectors, tmp_path):
     """Also where each worker has shards of one dimension only."""
-    run = Run(str(tmp_path / "run"))
-    run.prepare()
-    run.begin("embeddings", {"embed": {"dtype": "float32"}}, {})
-    shards = []
-    for i, d in enumerate((8, 9)):
-        x = unit(np.random.default_rng(i).normal(size=(50, d)))
-        table = embeddings_table(np.arange(50 * i, 50 * i + 50), x, embeddings_schema(d, "float32"))
-        shards.append(run.write_shard("embeddings", i, table))
-    summary = {"dimension": 8}
-    run.finish("embeddings", shards, seconds=1, peak_memory_bytes={}, summary=summary)
-    settings, _ = config.load(options={"resources.workers": 2, "density.k": 5}, own_embeddings=True)
-    with Session() as session:
-        pool = Pool(run, settings.resources, session)
-        try:
-            with pytest.raises(UserError, match=r"shard 1 of .* has rows of 9 numbers, and others of 8"):
-                measure(run, settings, pool, Reporter(quiet=True))
-        finally:
-            pool.stop()
+    shards = [(np.arange(50), vectors[:50, :8]), (np.arange(50, 100), vectors[:50, :9])]
+    with pytest.raises(UserError, match=r"shard 1 of .* has rows of 9 numbers, and others of 8"):
+        measured_of(Run(str(tmp_path / "run")), shards, 2)
 
 
-def test_an_image_that_is_there_twice_is_said(two_cpus, tmp_path):
-    run = Run(str(tmp_path / "run"))
-    run.prepare()
-    run.begin("embeddings", {"embed": {"dtype": "float32"}}, {})
-    x, schema = unit(np.random.default_rng(0).normal(size=(50, 8))), embeddings_schema(8, "float32")
-    ids = (np.arange(50), np.arange(49, 99))
-    shards = [run.write_shard("embeddings", i, embeddings_table(ids[i], x, schema)) for i in range(2)]
-    summary = {"dimension": 8}
-    run.finish("embeddings", shards, seconds=1, peak_memory_bytes={}, summary=summary)
-    settings, _ = config.load(options={"resources.workers": 1, "density.k": 5}, own_embeddings=True)
-    with Session() as session:
-        pool = Pool(run, settings.resources, session)
-        try:
-            with pytest.raises(UserError, match=r"image 49 is there twice or out of order in .*embeddings"):
-                measure(run, settings, pool, Reporter(quiet=True))
-        finally:
-            pool.stop()
+def test_an_image_that_is_there_twice_is_said(two_cpus, vectors, tmp_path):
+    shards = [(np.arange(50), vectors[:50]), (np.arange(49, 99), vectors[:50])]
+    with pytest.raises(UserError, match=r"image 49 is there twice or out of order in .*embeddings"):
+        measured_of(Run(str(tmp_path / "run")), shards, 1)
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])

@@ -339,11 +339,11 @@ class _Stage:
         new = [one for one in joined if (self.how.round, one.group) not in self.counted]
         self.counted |= {(self.how.round, one.group) for one in new}
         if self.how.before is None:
-            self.bar.advance(sum(one.rows for one in new))
+            self.bar.advance(sum(one.images for one in new))
             for one in new:
-                self.bar.tell("group joined", group=one.group, rows=one.rows, groups=len(self.counted))
+                self.bar.tell("group joined", group=one.group, images=one.images, groups=len(self.counted))
         self.images += [0] * (self.how.round + 1 - len(self.images))
-        self.images[self.how.round] += sum(one.rows for one in new)
+        self.images[self.how.round] += sum(one.images for one in new)
         self.memory = max([self.memory, *(one.memory for one in new)])
         self.products += sum(one.products for one in new)
 

@@ -154,7 +154,7 @@ class Joined:
     how many bytes; and what it found of sampled rows: image_ids int64 [s], sq_dists float64 [s, needed]."""
 
     group: int
-    rows: int
+    images: int
     products: int
     memory: int
     image_ids: np.ndarray

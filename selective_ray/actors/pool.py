@@ -49,8 +49,6 @@ class Pool:
                 return
             self.stop()
         self.session.start()
-        embeddings = self.run.manifest("embeddings")
-        assert embeddings is not None
         rows = self._rows()
         each = gpus_each(self.resources)
         grows = self.resources.autoscale
@@ -60,16 +58,16 @@ class Pool:
             each = min(each, gpus() / count)
         self.held = [part.tolist() for part in np.array_split(np.arange(len(rows)), count)]
         ends = np.cumsum([0, *rows]).tolist()
-        dtype = embeddings.what["embed"]["dtype"]
-        self.memory = memory = self._bytes()
+        dtype = self.run.manifest("embeddings").what["embed"]["dtype"]
+        self.memory = self._bytes()
         if not grows:
-            self._check_room(count, memory)
+            self._check_room(count)
         # One for each GPU; else as many as CPUs, of one thread each: products are independent of each other.
         # On a cluster that grows what is lost comes again, and there is always room.
         self.share = 1.0 if grows else min(1.0, cpus() / count)
         self.room = 0.0 if grows else ray.cluster_resources().get("CPU", 0.0)
         self.actors = [
-            ShardHolder.options(num_cpus=self.share, num_gpus=each, memory=memory).remote(
+            ShardHolder.options(num_cpus=self.share, num_gpus=each, memory=self.memory).remote(
                 *(self.run, held, [rows[shard] for shard in held], ends[held[0]], ends[-1], dtype)
             )
             for held in self.held
@@ -88,14 +86,14 @@ class Pool:
     def _rows_alone(self, rows: int, _: int) -> int:
         return rows * (4 * self.run.manifest("embeddings").summary["dimension"] + 160) + 2**28
 
-    def _check_room(self, count: int, memory: int) -> None:
+    def _check_room(self, count: int) -> None:
         there = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-        room = sum(int(bytes_ // memory) for bytes_ in there)
+        room = sum(int(bytes_ // self.memory) for bytes_ in there)
         if room < count:
             raise UserError(
-                f"{count} workers that hold the embeddings take {memory / 1e9:.1f} GB each, and the memory "
-                f"of the cluster ({sum(there) / 1e9:.1f} GB on {len(there)} machines) has room for {room}; "
-                "use larger machines or more of them, or another number of --set resources.workers"
+                f"{count} workers that hold the embeddings take {self.memory / 1e9:.1f} GB each, and the "
+                f"memory of the cluster ({sum(there) / 1e9:.1f} GB on {len(there)} machines) has room for "
+                f"{room}; use larger machines or more of them, or another number of --set resources.workers"
             )
 
     def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

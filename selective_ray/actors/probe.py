@@ -201,6 +201,7 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
     """Select from stand-ins of two sizes: what differs is what rows take.
 
     The smaller one comes twice: once with processes that have yet to start, which the other two find there.
+    The larger one is clustered once more, to count iterations.
     """
     exact = ivf.plan_for(config.density, n, x.shape[1], config.density.k).exact
     most = STAND_IN_EXACT if exact else min(STAND_IN, STAND_IN_ENTRIES // x.shape[1])
