@@ -201,7 +201,7 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
     """Select from stand-ins of two sizes: what differs is what rows take.
 
     The smaller one comes twice: once with processes that have yet to start, which the other two find there.
-    The larger one is clustered once more, to count iterations.
+    Where its clusters are smaller than those of the run, it is clustered once more, to count iterations.
     """
     exact = ivf.plan_for(config.density, n, x.shape[1], config.density.k).exact
     most = STAND_IN_EXACT if exact else min(STAND_IN, STAND_IN_ENTRIES // x.shape[1])
@@ -218,10 +218,11 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
             pipeline.advance(run, source, settings, set(), Reporter(quiet=True), upto="selection")
             found.append({table: run.manifest(table) for table in ("density", "clusters", "selection")})
         # Iterations until the tolerance depend on how many rows a cluster has: here as many as in the run.
-        fewer = min(settings.selection.budget, max(LEAST_CLUSTERS, round(budget * large / n)))
-        settings = _settings(config, n, x.shape[1], large, fewer)
-        run = Run(f"{place}-iterations", access)
-        pipeline.advance(run, source, settings, set(), Reporter(quiet=True), upto="clusters")
+        fewer = max(LEAST_CLUSTERS, round(budget * large / n))
+        if fewer < settings.selection.budget:
+            settings = _settings(config, n, x.shape[1], large, fewer)
+            run = Run(f"{place}-iterations", access)
+            pipeline.advance(run, source, settings, set(), Reporter(quiet=True), upto="clusters")
         iterations = run.manifest("clusters").summary["iterations"]
     cold, before, last = found
     workers = min(config.resources.workers or int(rates.gpus or rates.cpus), len(last["density"].shards))
