@@ -238,10 +238,12 @@ def test_shards_of_other_dimensions_are_said(two_cpus, vectors, tmp_path):
         measured_of(Run(str(tmp_path / "run")), shards, 2)
 
 
-def test_an_image_that_is_there_twice_is_said(two_cpus, vectors, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_image_that_is_there_twice_is_said(workers, two_cpus, vectors, tmp_path):
+    """Also where two workers have it, one each."""
     shards = [(np.arange(50), vectors[:50]), (np.arange(49, 99), vectors[:50])]
     with pytest.raises(UserError, match=r"image 49 is there twice or out of order in .*embeddings"):
-        measured_of(Run(str(tmp_path / "run")), shards, 1)
+        measured_of(Run(str(tmp_path / "run")), shards, workers)
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])

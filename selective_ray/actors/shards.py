@@ -138,14 +138,23 @@ class ShardHolder:
                             f"numbers, and others of {d}; embed again with a new --run"
                         )
                     x[where] = part
-                if (np.diff(image_ids) <= 0).any():
-                    twice = int(image_ids[1:][np.diff(image_ids) <= 0][0])
+                steps = np.diff(image_ids, prepend=self._last_before())
+                if (steps <= 0).any():
+                    twice = int(image_ids[steps <= 0][0])
                     raise UserError(
                         f"image {twice} is there twice or out of order in {self.run.path('embeddings')}; "
                         "embed again with a new --run"
                     )
                 self.held = image_ids, x
         return self.held
+
+    def _last_before(self) -> int:
+        """Return the last image id before those held here, -1 where there is none; another holder has it."""
+        before = self.run.manifest("embeddings").shards[: self.shards[0]]
+        last = next((shard.index for shard in reversed(before) if shard.rows), None)
+        if last is None:
+            return -1
+        return self.run.read_shard("embeddings", last, ["image_id"])["image_id"][-1].as_py()
 
     def pid(self) -> int:
         """Return the process that holds them."""
