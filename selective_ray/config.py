@@ -106,7 +106,7 @@ USL_ONLY = (
 # The keys that each method takes, besides what all do: the budget, and the images that have labels.
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
     "usl": USL_ONLY,
-    "prototypes": ("passes",),
+    "prototypes": ("passes", "density_cost"),
     "k-medoid": ("passes",),
     "typiclust": (),
     # Its own section, `usl_t`.
@@ -143,6 +143,9 @@ class Selection(Section):
     ] = "usl"
     # Passes of swaps at most.
     passes: int = Field(8, ge=1)
+    # What a pick of median density costs each image it stands for, as a share of the mean squared distance
+    # to the picks at the start.
+    density_cost: float = Field(0.2, ge=0, le=1)
     # Of probcover: how far a pick covers; of max-herding and rdss: the width of the kernel. None: for rdss 1,
     # as published; for the others the root of the median of `density/`, so that it fits any n, d and k.
     radius: float | None = Field(None, gt=0, le=2)

@@ -256,15 +256,19 @@ class Rows:
     def _prototypes(self, config: configuration.Config, budget: int) -> tuple[np.ndarray, np.ndarray]:
         x, ids, n = self.x, self.ids, len(self.x)
         clusters, centroids = self.clusters(config, budget)
+        settings = config.selection
+        swapping = settings.method == "prototypes"
         to_centroids = sq_dists_direct(x, ids, centroids, clusters).astype(np.float32)
         start = Picks.none().merge(Picks(clusters, ids, -to_centroids.astype(np.float64)))
-        rows = prototypes.Represented(x, self.image_ids, self.sq_dists, n)
+        rows, at = prototypes.Represented(x, self.image_ids, self.sq_dists, n), start.image_ids
         state = prototypes.improve(
-            prototypes.Medoids(self.image_ids[start.image_ids], x[start.image_ids], 0),
+            prototypes.Medoids(self.image_ids[at], x[at], self.sq_dists[at], 0),
             *(rows.represent, rows.propose, rows.gains),
             n=n,
             seed=config.seed,
-            passes=config.selection.passes if config.selection.method == "prototypes" else 0,
+            passes=settings.passes if swapping else 0,
+            density_cost=settings.density_cost if swapping else 0.0,
+            unit=self._median(),
         )
         return np.searchsorted(self.image_ids, state.medoids.image_ids), state.costs.counts / n
 

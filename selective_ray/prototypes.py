@@ -1,7 +1,9 @@
 """Prototypes: picks that lie near all images, improved by swaps (k-medoids, as FasterPAM does).
 
-The cost of some picks is the squared distance of each row to its nearest pick, summed over all rows. It
-starts at the row nearest to each centroid of K-Means. Then each pass proposes a few candidates for every
+Each row is represented by one pick, which costs their squared distance and, in proportion, the mean squared
+distance of the pick to its own neighbors: a label is less worth where it stands alone. The cost of some picks
+is that of the cheapest for each row, summed over all rows; the nearest pick means the cheapest throughout.
+It starts at the row nearest to each centroid of K-Means. Then each pass proposes a few candidates for every
 pick: the rows nearest to the mean of those that it represents, the densest of them and a drawn one. One sweep
 finds what each would gain, in place of that pick or of one elsewhere that is hardly missed. All swaps that
 gain are made together; where that does not lower the cost, only the half that gains most is.
@@ -16,7 +18,7 @@ a sum over the actors that hold the shards. Sums are integers of fixed point: no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +52,15 @@ class Costs(NamedTuple):
 
 class Proposals(NamedTuple):
     """Candidates for picks, the first of each by kind and key: place int32, kind int8 (0: nearest to the
-    mean, 1: densest, 2: drawn), key float64 ascending, image_ids int64 and x float32 [p, d], all [p]."""
+    mean, 1: densest, 2: drawn), key float64 ascending, image_ids int64, x float32 [p, d], and sq_dists
+    float32 to their neighbors, all [p]."""
 
     place: np.ndarray
     kind: np.ndarray
     key: np.ndarray
     image_ids: np.ndarray
     x: np.ndarray
+    sq_dists: np.ndarray
 
     def merge(self, other: Proposals) -> Proposals:
         """Keep the first of both."""
@@ -85,16 +89,30 @@ class Gains(NamedTuple):
 
 @dataclass(frozen=True)
 class Medoids:
-    """Picks by place: image_ids int64 [m] and x float32 [m, d]; the first `fixed` stay."""
+    """Picks by place: image_ids int64 [m], x float32 [m, d], sq_dists float32 [m] to their neighbors.
+
+    The first `fixed` stay. A pick costs each row `density_cost` times its sq_dist besides their distance.
+    """
 
     image_ids: np.ndarray
     x: np.ndarray
+    sq_dists: np.ndarray
     fixed: int
+    density_cost: float = 0.0
+
+    def lifted(self) -> np.ndarray:
+        """Return float32 [m, d + 1]: as far from rows with a 0 added as it costs them to be represented."""
+        return lift(self.x, self.sq_dists, self.density_cost)
+
+
+def lift(x: np.ndarray, sq_dists: np.ndarray, density_cost: float) -> np.ndarray:
+    """Add to rows float32 [p, d] the root of what they cost besides distances, at most 4: [p, d + 1]."""
+    return np.column_stack([x, np.sqrt(np.minimum(density_cost * sq_dists, 4), dtype=np.float32)])
 
 
 def scale_of(n: int) -> float:
-    """Return the scale of the fixed point for squared distances of n rows in all, which are at most 4."""
-    return 2.0 ** (fixed_point_bits(n) - 2)
+    """Return the scale of the fixed point for costs of n rows in all, which are at most 4 + 4."""
+    return 2.0 ** (fixed_point_bits(n) - 3)
 
 
 class Represented:
@@ -111,13 +129,20 @@ class Represented:
 
     def _meet(self, medoids: Medoids) -> None:
         """Find the nearest picks of every row, unless these are known."""
-        if self.medoids is not None and np.array_equal(self.medoids.image_ids, medoids.image_ids):
+        known = self.medoids
+        same = known is not None and known.density_cost == medoids.density_cost
+        if same and np.array_equal(known.image_ids, medoids.image_ids):
             return
-        m = len(medoids.x)
-        found = neighbors(self.x, [(np.arange(m), medoids.x)], min(2, m))
-        self.medoids, self.place = medoids, found.image_ids[:, 0]
-        self.nearest = found.sq_dists[:, 0]
-        self.second = found.sq_dists[:, 1] if m > 1 else np.full(len(self.x), 4.0)
+        n, m = len(self.x), len(medoids.x)
+        self.medoids, self.place = medoids, np.empty(n, np.int64)
+        self.nearest, self.second = np.empty(n), np.full(n, 8.0)
+        picks = np.arange(m), medoids.lifted()
+        error = product_error(self.x.shape[1] + 1, y_norm=1 + float(picks[1][:, -1].max(initial=0)))
+        for rows in blocks(n, self.x.shape[1]):
+            found = neighbors(np.pad(self.x[rows], ((0, 0), (0, 1))), [picks], min(2, m), error=error)
+            self.place[rows], self.nearest[rows] = found.image_ids[:, 0], found.sq_dists[:, 0]
+            if m > 1:
+                self.second[rows] = found.sq_dists[:, 1]
 
     def represent(self, medoids: Medoids) -> Costs:
         """Sum what the rows contribute to the cost of picks."""
@@ -148,27 +173,30 @@ class Represented:
         for kind, key in enumerate(keys):
             # The rows are looked up once it is known which are among the first.
             numbers = np.full(len(rows), kind, np.int8)
-            kinds.append(Proposals(place, numbers, key, ids, rows[:, None]).first())
-        place, kind, key, ids, at = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
-        return Proposals(place, kind, key, ids, self.x[at[:, 0]]).first()
+            kinds.append(Proposals(place, numbers, key, ids, rows[:, None], self.sq_dists[rows]).first())
+        place, kind, key, ids, at, sq_dists = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
+        return Proposals(place, kind, key, ids, self.x[at[:, 0]], sq_dists).first()
 
-    def gains(self, medoids: Medoids, x: np.ndarray, place: np.ndarray) -> Gains:
-        """Return what candidates x float32 [p, d] for the picks at some places int32 [p] ascending gain."""
+    def gains(self, medoids: Medoids, lifted: np.ndarray, place: np.ndarray) -> Gains:
+        """Return what candidates for the picks at some places int32 [p] ascending gain.
+
+        lifted float32 [p, d + 1]: the candidates as `lift` gives them.
+        """
         self._meet(medoids)
-        p = len(x)
+        p, x = len(lifted), np.ascontiguousarray(lifted[:, :-1])
+        extra = lifted[:, -1].astype(np.float64) ** 2
         instead, besides = np.zeros(p, np.int64), np.zeros(p, np.int64)
         first = np.searchsorted(place, np.arange(len(self.medoids.x) + 1))
         error = product_error(x.shape[1])
-        sq_norms = np.einsum("pd,pd->p", x, x)
-        smallest = sq_norms.min(initial=np.inf)
+        # |x|² + |c|² - 2 x·c + extra < nearest: who may be cheaper than the nearest pick, but for errors.
+        offset = (np.einsum("pd,pd->p", x, x, dtype=np.float64) + extra) / 2
         for rows in blocks(len(self.x), 4 * p):
             nearest = self.nearest[rows]
-            # |x|² + |c|² - 2 x·c < nearest: who may be nearer than the nearest pick, by a product's error.
-            least = (self.sq_norms[rows] + smallest - nearest - error) / 2
-            near = self.x[rows] @ x.T >= np.nextafter(least.astype(np.float32), np.float32(-np.inf))[:, None]
+            least = (self.sq_norms[rows] - nearest - 2 * error) / 2
+            near = self.x[rows] @ x.T - offset.astype(np.float32) >= least.astype(np.float32)[:, None]
             row, column = np.divmod(flat_nonzero(near), p)
             row += rows.start
-            sq_dists = sq_dists_direct(self.x, row, x, column)
+            sq_dists = sq_dists_direct(self.x, row, x, column) + extra[column]
             closer = np.flatnonzero(sq_dists < self.nearest[row])
             row, column = row[closer], column[closer]
             won = self._fixed(self.nearest[row]) - self._fixed(sq_dists[closer])
@@ -180,7 +208,8 @@ class Represented:
             counts = first[mine + 1] - first[mine]
             row = np.repeat(np.arange(rows.start, rows.stop), counts)
             column = np.repeat(first[mine + 1] - np.cumsum(counts), counts) + np.arange(counts.sum())
-            left = np.minimum(sq_dists_direct(self.x, row, x, column), self.second[row])
+            there = sq_dists_direct(self.x, row, x, column) + extra[column]
+            left = np.minimum(there, self.second[row])
             np.add.at(instead, column, self._fixed(self.nearest[row]) - self._fixed(left))
         return Gains(instead, besides)
 
@@ -271,26 +300,36 @@ def improve(
     n: int,
     seed: int,
     passes: int,
+    density_cost: float = 0.0,
+    unit: float = 1.0,
     watch: Callable[[Pass], None] = lambda done: None,
 ) -> State:
     """Swap picks until no swap is found that lowers the cost, or for so many passes.
 
-    represent, propose and gains sum over all n rows. The cost is never above that of the start.
+    represent, propose and gains sum over all n rows. A pick whose squared distance to its neighbors is `unit`
+    costs each row it represents `density_cost` times what they cost on average at the start, by distance
+    alone. The cost is never above that of the start.
     """
     scale = scale_of(n)
     state = State(start, represent(start))
+    if density_cost and unit:
+        each = density_cost * state.costs.cost / scale / n / unit
+        state.medoids = replace(start, density_cost=each)
+        state.costs = represent(state.medoids)
     for number in range(1, passes + 1):
         medoids, costs = state.medoids, state.costs
         counts = np.maximum(costs.counts, 1)
         means = (costs.sums / (scale * counts[:, None])).astype(np.float32)
         offered = propose(medoids, means, seed * 1_000_003 + number)
-        found = choose(gains(medoids, offered.x, offered.place), offered.place, costs.loss, medoids.fixed)
+        lifted = lift(offered.x, offered.sq_dists, medoids.density_cost)
+        found = choose(gains(medoids, lifted, offered.place), offered.place, costs.loss, medoids.fixed)
         swaps = found
         while len(swaps.gain):
-            image_ids, x = medoids.image_ids.copy(), medoids.x.copy()
+            image_ids, x, sq_dists = medoids.image_ids.copy(), medoids.x.copy(), medoids.sq_dists.copy()
             image_ids[swaps.place] = offered.image_ids[swaps.candidate]
             x[swaps.place] = offered.x[swaps.candidate]
-            tried = Medoids(image_ids, x, medoids.fixed)
+            sq_dists[swaps.place] = offered.sq_dists[swaps.candidate]
+            tried = replace(medoids, image_ids=image_ids, x=x, sq_dists=sq_dists)
             now = represent(tried)
             if now.cost < costs.cost:
                 state.medoids, state.costs = tried, now

@@ -23,17 +23,25 @@ def blobs(seed, n=120, d=5, blobs=6):
     return unit(centers[rng.integers(0, blobs, n)] + 0.3 * rng.normal(size=(n, d)))
 
 
-def cost(x, picks):
-    """Mean squared distance of rows to their nearest pick."""
-    return oracle.sq_dists(x, x[picks]).min(axis=1).mean()
+def sq_dists_of(x):
+    """Squared distances to neighbors, as the density stage might have found them."""
+    return np.linspace(0, 1, len(x), dtype=np.float32)
 
 
-def improved(x, start, parts=1, fixed=0, passes=20, seed=0):
+def cost(x, picks, each=0.0):
+    """Mean over the rows of the smallest cost of a pick: squared distance, and `each` times its sq_dist."""
+    return (oracle.sq_dists(x, x[picks]) + each * sq_dists_of(x)[picks]).min(axis=1).mean()
+
+
+def medoids(x, picks, fixed=0, each=0.0):
+    return Medoids(np.array(picks), x[picks], sq_dists_of(x)[picks], fixed, each)
+
+
+def improved(x, start, parts=1, fixed=0, passes=20, seed=0, density_cost=0.0):
     """Run the loop over rows that are spread over `parts` processes."""
     n = len(x)
     held = [
-        Represented(x[rows], rows, np.linspace(0, 1, n, dtype=np.float32)[rows], n)
-        for rows in np.array_split(np.arange(n), parts)
+        Represented(x[rows], rows, sq_dists_of(x)[rows], n) for rows in np.array_split(np.arange(n), parts)
     ]
 
     def fold(name, merge):
@@ -46,45 +54,51 @@ def improved(x, start, parts=1, fixed=0, passes=20, seed=0):
         return step
 
     return prototypes.improve(
-        Medoids(np.array(start), x[start], fixed),
+        medoids(x, start, fixed),
         fold("represent", Costs.add),
         fold("propose", Proposals.merge),
         fold("gains", Gains.add),
         n=n,
         seed=seed,
         passes=passes,
+        density_cost=density_cost,
+        unit=0.5,
     )
 
 
-def test_costs_are_those_written_out():
+@pytest.mark.parametrize("each", [0.0, 0.4])
+def test_costs_are_those_written_out(each):
     x = blobs(0)
     picks = np.array([3, 40, 77, 110])
-    found = Represented(x, np.arange(120), np.zeros(120, np.float32), 120).represent(
-        Medoids(picks, x[picks], 0)
-    )
+    rows = Represented(x, np.arange(120), sq_dists_of(x), 120)
+    found = rows.represent(medoids(x, picks, each=each))
     scale = prototypes.scale_of(120)
-    assert found.cost / scale / 120 == pytest.approx(cost(x, picks), rel=1e-6)
+    assert found.cost / scale / 120 == pytest.approx(cost(x, picks, each), rel=1e-6)
     for place in range(4):
-        without = cost(x, np.delete(picks, place))
-        assert found.loss[place] / scale / 120 == pytest.approx(without - cost(x, picks), rel=1e-5)
-        mine = oracle.sq_dists(x, x[picks]).argmin(axis=1) == place
+        without = cost(x, np.delete(picks, place), each)
+        assert found.loss[place] / scale / 120 == pytest.approx(without - cost(x, picks, each), rel=1e-5)
+        costs = oracle.sq_dists(x, x[picks]) + each * sq_dists_of(x)[picks]
+        mine = costs.argmin(axis=1) == place
         assert found.counts[place] == mine.sum()
         assert np.allclose(found.sums[place] / scale, x[mine].sum(axis=0), atol=1e-6)
 
 
-def test_gains_are_those_of_making_the_swap(monkeypatch):
+@pytest.mark.parametrize("each", [0.0, 0.4])
+def test_gains_are_those_of_making_the_swap(each, monkeypatch):
     monkeypatch.setattr(distances, "BLOCK_PRODUCTS", 1000)
     x = blobs(1)
     picks = np.array([3, 40, 77, 110])
     candidates, place = np.array([5, 6, 20, 90, 100]), np.array([0, 0, 1, 3, 3], np.int32)
-    rows = Represented(x, np.arange(120), np.zeros(120, np.float32), 120)
-    found = rows.gains(Medoids(picks, x[picks], 0), x[candidates], place)
+    rows = Represented(x, np.arange(120), sq_dists_of(x), 120)
+    offered = medoids(x, candidates, each=each).lifted()
+    found = rows.gains(medoids(x, picks, each=each), offered, place)
     scale = prototypes.scale_of(120) * 120
     for i, (candidate, at) in enumerate(zip(candidates, place, strict=True)):
         swapped = picks.copy()
         swapped[at] = candidate
-        assert found.instead[i] / scale == pytest.approx(cost(x, picks) - cost(x, swapped), abs=1e-7)
-        besides = cost(x, picks) - cost(x, np.append(picks, candidate))
+        now = cost(x, picks, each)
+        assert found.instead[i] / scale == pytest.approx(now - cost(x, swapped, each), abs=1e-7)
+        besides = now - cost(x, np.append(picks, candidate), each)
         assert found.besides[i] / scale == pytest.approx(besides, abs=1e-7)
 
 
@@ -97,22 +111,26 @@ def test_a_pick_moves_where_it_is_missed():
     assert state.history[0].made > 0
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 3))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 3), st.sampled_from([0.0, 0.2, 1.0]))
 @settings(max_examples=40, deadline=None)
-def test_laws(seed, m, fixed):
+def test_laws(seed, m, fixed, density_cost):
     x = blobs(seed, n=60)
     start = np.random.default_rng(seed).choice(60, m, replace=False)
     fixed = min(fixed, m)
-    state = improved(x, start, fixed=fixed, seed=seed % 7)
+    how = {"seed": seed % 7, "density_cost": density_cost}
+    state = improved(x, start, fixed=fixed, **how)
     picks = state.medoids.image_ids
     assert len(set(picks.tolist())) == m
     assert picks[:fixed].tolist() == start[:fixed].tolist()
     assert np.array_equal(state.medoids.x, x[picks])
-    costs = [cost(x, start), *(done.cost for done in state.history)]
+    # At the start a pick whose sq_dist is 0.5 costs this share of the mean squared distance.
+    each = density_cost * cost(x, start) / 0.5
+    assert state.medoids.density_cost == pytest.approx(each, rel=1e-5)
+    costs = [cost(x, start, each), *(done.cost for done in state.history)]
     assert all(b <= a * (1 + 1e-6) for a, b in pairwise(costs))
-    assert cost(x, picks) == pytest.approx(costs[-1], rel=1e-5)
+    assert cost(x, picks, each) == pytest.approx(costs[-1], rel=1e-5)
     for parts in (2, 7):
-        assert improved(x, start, parts, fixed, seed=seed % 7).medoids.image_ids.tolist() == picks.tolist()
+        assert improved(x, start, parts, fixed, **how).medoids.image_ids.tolist() == picks.tolist()
 
 
 def test_reaches_the_best_of_all_on_few_rows():

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import ray
 
-from selective_ray import density, greedy, rdss
-from selective_ray.actors.picking import Asked, Chosen
+from selective_ray import greedy, rdss
+from selective_ray.actors.picking import Asked, Chosen, median_sq_dist
 from selective_ray.actors.pool import Pool
 from selective_ray.config import Selection
 from selective_ray.greedy import Pick
@@ -30,7 +30,7 @@ def expected(settings: Selection, count: int) -> int:
 def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
     """Pick one image after the other, beside those that are fixed."""
     settings, n = asked.config.selection, int(asked.sizes.sum())
-    median = functools.partial(density.median, functools.partial(_half_counts, pool, asked.column))
+    median = functools.partial(median_sq_dist, pool, asked.column)
     radius = radius_of(settings.method, settings.radius, median, asked.config.density.floor)
     budget = len(asked.fixed) + asked.count
     terms = Terms(settings.method, budget, asked.config.seed, radius, settings.features)
@@ -61,7 +61,3 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
 
 def _better(mine: Pick | None, theirs: Pick | None) -> Pick | None:
     return None if mine is None or theirs is None else mine.merge(theirs)
-
-
-def _half_counts(pool: Pool, column: str, high: int | None) -> np.ndarray:
-    return pool.fold(lambda actor: actor.half_counts.remote(column, high), np.add)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from selective_ray import density
+from selective_ray.actors.pool import Pool
 from selective_ray.config import Config
 from selective_ray.store import Shard
 from selective_ray.truth import Truth
@@ -46,6 +48,15 @@ class Chosen:
     summary: dict[str, Any]
     judge: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
     write: Callable[[str], list[Shard]] | None = None
+
+
+def median_sq_dist(pool: Pool, column: str) -> float:
+    """Return the exact median of a column of `density/`."""
+
+    def count(high: int | None) -> np.ndarray:
+        return pool.fold(lambda actor: actor.half_counts.remote(column, high), np.add)
+
+    return density.median(count)
 
 
 def in_place(places: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from selective_ray import prototypes
-from selective_ray.actors.picking import Asked, Chosen, in_place
+from selective_ray.actors.picking import Asked, Chosen, in_place, median_sq_dist
 from selective_ray.actors.pool import Pool
 from selective_ray.config import Selection
 from selective_ray.prototypes import Costs, Gains, Medoids, Pass, Proposals
@@ -48,20 +48,23 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
         call = functools.partial(_propose, to, asked.column, around, draw)
         return pool.fold(call, Proposals.merge)
 
-    def gains(medoids: Medoids, x: np.ndarray, place: np.ndarray) -> Gains:
-        to, offered = put(medoids), ray.put((x, place))
+    def gains(medoids: Medoids, lifted: np.ndarray, place: np.ndarray) -> Gains:
+        to, offered = put(medoids), ray.put((lifted, place))
         return pool.fold(lambda actor: actor.gains.remote(to, asked.column, offered), Gains.add)
 
     def told(done: Pass) -> None:
-        watch(f"mean squared distance to the nearest pick {done.cost:.4f}, {done.made:,} picks swapped")
+        watch(f"mean cost of an image {done.cost:.4f}, {done.made:,} picks swapped")
 
-    n = int(asked.sizes.sum())
+    n, swapping = int(asked.sizes.sum()), settings.method == "prototypes"
+    at, sq_dists, _ = zip(*pool.all(lambda actor: actor.sq_dists_of.remote(asked.column, ids)), strict=True)
     state = prototypes.improve(
-        Medoids(ids, in_place(places, x), len(asked.fixed)),
+        Medoids(ids, in_place(places, x), in_place(at, sq_dists), len(asked.fixed)),
         *(represent, propose, gains),
         n=n,
         seed=asked.config.seed,
-        passes=settings.passes if settings.method == "prototypes" else 0,
+        passes=settings.passes if swapping else 0,
+        density_cost=settings.density_cost if swapping else 0.0,
+        unit=median_sq_dist(pool, asked.column) if swapping else 1.0,
         watch=told,
     )
     shares = dict(zip(state.medoids.image_ids.tolist(), (state.costs.counts / n).tolist(), strict=True))
@@ -69,7 +72,7 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
     return Chosen(
         image_ids=state.medoids.image_ids[len(asked.fixed) :],
         summary={
-            "mean_sq_dist_to_pick": cost,
+            "mean_cost": cost,
             "passes": len(state.history),
             "swapped": sum(done.made for done in state.history),
         },

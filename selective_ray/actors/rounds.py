@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import ray
 
 from selective_ray import density, selection
-from selective_ray.actors.picking import Asked, Chosen, in_place
+from selective_ray.actors.picking import Asked, Chosen, in_place, median_sq_dist
 from selective_ray.actors.pool import Pool
 from selective_ray.actors.shards import Judging
 from selective_ray.config import Selection
@@ -33,7 +32,7 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
     history: list[ray.ObjectRef] = []
     compared: list[int] = []
     pairs_in_all, weight_at_last = 1, 0.0
-    unit = density.median(functools.partial(_half_counts, pool, asked.column)) if scaled else 1.0
+    unit = median_sq_dist(pool, asked.column) if scaled else 1.0
     judged = Judging(
         *(asked.clusters, asked.column, unit, floor, settings.momentum, repulsion),
         open=asked.open,
@@ -95,7 +94,3 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
 
 def _merge(mine: tuple[Picks, int], theirs: tuple[Picks, int]) -> tuple[Picks, int]:
     return mine[0].merge(theirs[0]), mine[1] + theirs[1]
-
-
-def _half_counts(pool: Pool, column: str, high: int | None) -> np.ndarray:
-    return pool.fold(lambda actor: actor.half_counts.remote(column, high), np.add)
