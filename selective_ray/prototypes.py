@@ -4,7 +4,7 @@ Each row is represented by one pick, which costs their squared distance and, in 
 distance of the pick to its own neighbors: a label is less worth where it stands alone. The cost of some picks
 is that of the cheapest for each row, summed over all rows; the nearest pick means the cheapest throughout.
 It starts at the row nearest to each centroid of K-Means. Then each pass proposes a few candidates for every
-pick: the rows nearest to the mean of those that it represents, the densest of them and a drawn one. One sweep
+pick: the rows that would represent those it represents for the least, and a drawn one of them. One sweep
 finds what each would gain, in place of that pick or of one elsewhere that is hardly missed. All swaps that
 gain are made together; where that does not lower the cost, only the half that gains most is.
 
@@ -25,12 +25,10 @@ import numpy as np
 
 from selective_ray.distances import blocks, flat_nonzero, product_error, sq_dists_direct
 from selective_ray.kmeans import fixed_point_bits
-from selective_ray.neighbors import neighbors
 from selective_ray.random_picks import hashed
 
-# Candidates for each pick in a pass: so many nearest to the mean, and the densest and a drawn one besides.
-NEAREST = 3
-PROPOSED = NEAREST + 2
+# Candidates for each pick in a pass: so many of those that cost its rows the least, and a drawn one besides.
+LEAST = 2
 
 
 class Costs(NamedTuple):
@@ -51,9 +49,9 @@ class Costs(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Candidates for picks, the first of each by kind and key: place int32, kind int8 (0: nearest to the
-    mean, 1: densest, 2: drawn), key float64 ascending, image_ids int64, x float32 [p, d], and sq_dists
-    float32 to their neighbors, all [p]."""
+    """Candidates for picks, the first of each by kind and key: place int32, kind int8 (0: of the least cost,
+    1: drawn), key float64 ascending, image_ids int64, x float32 [p, d], and sq_dists float32 to their
+    neighbors, all [p]."""
 
     place: np.ndarray
     kind: np.ndarray
@@ -67,12 +65,12 @@ class Proposals(NamedTuple):
         return Proposals(*(np.concatenate(both) for both in zip(self, other, strict=True))).first()
 
     def first(self) -> Proposals:
-        """Keep of each place and kind the first by (key, image_id): NEAREST of kind 0, one of the others."""
+        """Keep of each place and kind the first by (key, image_id): LEAST of kind 0, one that is drawn."""
         order = np.lexsort((self.image_ids, self.key, self.kind, self.place))
-        groups = self.place[order].astype(np.int64) * 3 + self.kind[order]
+        groups = self.place[order].astype(np.int64) * 2 + self.kind[order]
         new = np.flatnonzero(np.diff(groups, prepend=-1))
         rank = np.arange(len(order)) - np.repeat(new, np.diff(new, append=len(order)))
-        return Proposals(*(part[order[rank < np.where(groups % 3, 1, NEAREST)]] for part in self))
+        return Proposals(*(part[order[rank < np.where(groups % 2, 1, LEAST)]] for part in self))
 
 
 class Gains(NamedTuple):
@@ -115,6 +113,18 @@ def scale_of(n: int) -> float:
     return 2.0 ** (fixed_point_bits(n) - 3)
 
 
+def _operands(lifted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Return what products with lifted picks float32 [p, d + 1] take.
+
+    x float32 [p, d]; what they cost besides distances, float64 [p]; (c, -(|c|² + extra) / 2), float32
+    [d + 1, p], for rows with a 1 added; and a bound of the error of such a product.
+    """
+    x, extra = np.ascontiguousarray(lifted[:, :-1]), lifted[:, -1].astype(np.float64) ** 2
+    offset = -(np.einsum("pd,pd->p", x, x, dtype=np.float64) + extra) / 2
+    # Of (x, 1) and (c, at most 5 / 2) the product of lengths is under 4.
+    return x, extra, np.vstack([x.T, offset.astype(np.float32)]), product_error(x.shape[1] + 1)
+
+
 class Represented:
     """The rows one process holds, with their nearest and second-nearest pick.
 
@@ -126,31 +136,64 @@ class Represented:
         self.x, self.image_ids, self.sq_dists, self.scale = x, image_ids, sq_dists, scale_of(total)
         self.sq_norms = np.einsum("nd,nd->n", x, x)
         self.medoids: Medoids | None = None
+        # Of the two nearest picks of every row.
+        self.places, self.costs = np.empty((len(x), 2), np.int64), np.empty((len(x), 2))
 
     def _meet(self, medoids: Medoids) -> None:
-        """Find the nearest picks of every row, unless these are known."""
-        known = self.medoids
-        same = known is not None and known.density_cost == medoids.density_cost
-        if same and np.array_equal(known.image_ids, medoids.image_ids):
-            return
-        n, m = len(self.x), len(medoids.x)
-        self.medoids, self.place = medoids, np.empty(n, np.int64)
-        self.nearest, self.second = np.empty(n), np.full(n, 8.0)
-        picks = np.arange(m), medoids.lifted()
-        error = product_error(self.x.shape[1] + 1, y_norm=1 + float(picks[1][:, -1].max(initial=0)))
-        for rows in blocks(n, self.x.shape[1]):
-            found = neighbors(np.pad(self.x[rows], ((0, 0), (0, 1))), [picks], min(2, m), error=error)
-            self.place[rows], self.nearest[rows] = found.image_ids[:, 0], found.sq_dists[:, 0]
-            if m > 1:
-                self.second[rows] = found.sq_dists[:, 1]
+        """Find the two nearest picks of every row; those known are compared with what has changed only."""
+        known, m = self.medoids, len(medoids.x)
+        changed, lost = np.arange(m), np.ones(len(self.x), bool)
+        if known is not None and known.density_cost == medoids.density_cost:
+            changed = np.flatnonzero(known.image_ids != medoids.image_ids)
+            gone = np.zeros(m, bool)
+            gone[changed] = True
+            lost = gone[self.places].any(axis=1)
+        self.medoids = medoids
+        if len(changed):
+            self._offer(np.flatnonzero(~lost), changed, keep=True)
+            self._offer(np.flatnonzero(lost), np.arange(m), keep=False)
+
+    def _offer(self, rows: np.ndarray, picks: np.ndarray, *, keep: bool) -> None:
+        """Find the two nearest of some picks for some rows, and of those known already if these are kept."""
+        lifted = self.medoids.lifted()[picks]
+        x, extra, columns, error = _operands(lifted)
+        for part in blocks(len(rows), len(picks)):
+            at = rows[part]
+            products = self._products(at, columns)
+            if keep:
+                least = (self.sq_norms[at] - self.costs[at, 1]) / 2 - error
+            else:
+                best = np.arange(len(at)), products.argmax(axis=1)
+                products[best] = -np.inf
+                # Two products are compared.
+                least = products.max(axis=1) - 2 * error
+                products[best] = np.inf
+            row, column = np.divmod(flat_nonzero(products >= least.astype(np.float32)[:, None]), len(picks))
+            costs, places = sq_dists_direct(self.x, at[row], x, column) + extra[column], picks[column]
+            if keep:
+                row = np.concatenate([row, np.repeat(np.arange(len(at)), 2)])
+                costs = np.concatenate([costs, self.costs[at].ravel()])
+                places = np.concatenate([places, self.places[at].ravel()])
+            order = np.lexsort((places, costs, row))
+            first = np.flatnonzero(np.diff(row[order], prepend=-1))
+            # A pick alone is the second, too; without it a row would cost more than by any other.
+            second = first + (len(self.medoids.x) > 1)
+            self.places[at] = places[order[np.column_stack([first, second])]]
+            self.costs[at] = costs[order[np.column_stack([first, second])]]
+            if len(self.medoids.x) == 1:
+                self.costs[at, 1] = 8.0
+
+    def _products(self, rows: np.ndarray | slice, columns: np.ndarray) -> np.ndarray:
+        """Multiply rows with what `_operands` made of picks: half of |row|² less what it costs, [r, p]."""
+        return np.pad(self.x[rows], ((0, 0), (0, 1)), constant_values=1) @ columns
 
     def represent(self, medoids: Medoids) -> Costs:
         """Sum what the rows contribute to the cost of picks."""
         self._meet(medoids)
         m = len(medoids.x)
-        nearest = np.rint(self.nearest * self.scale).astype(np.int64)
+        nearest, second = self._fixed(self.costs).T
         loss = np.zeros(m, np.int64)
-        np.add.at(loss, self.place, np.rint(self.second * self.scale).astype(np.int64) - nearest)
+        np.add.at(loss, self.place, second - nearest)
         sums = np.zeros((m, self.x.shape[1]), np.int64)
         for rows in blocks(len(self.x), 64 * self.x.shape[1]):
             fixed = np.rint(self.x[rows].astype(np.float64) * self.scale).astype(np.int64)
@@ -159,16 +202,17 @@ class Represented:
         return Costs(int(nearest.sum()), counts, loss, sums)
 
     def propose(self, medoids: Medoids, means: np.ndarray, draw: int) -> Proposals:
-        """Propose rows for the picks that are not fixed; means float32 [m, d]; `draw` seeds what is drawn."""
+        """Propose rows for the picks that are not fixed; `draw` seeds what is drawn.
+
+        means float32 [m, d] of the rows that each pick represents. A candidate costs each of them what the
+        mean would, its own squared distance to the mean, and what its sq_dist costs.
+        """
         self._meet(medoids)
         rows = np.flatnonzero(self.place >= self.medoids.fixed)
         rows = rows[self.image_ids[rows] != self.medoids.image_ids[self.place[rows]]]
         place, ids = self.place[rows].astype(np.int32), self.image_ids[rows]
-        keys = (
-            sq_dists_direct(self.x, rows, means, place),
-            self.sq_dists[rows].astype(np.float64),
-            hashed(ids, draw).astype(np.float64),
-        )
+        own = medoids.density_cost * self.sq_dists[rows].astype(np.float64)
+        keys = sq_dists_direct(self.x, rows, means, place) + own, hashed(ids, draw).astype(np.float64)
         kinds = []
         for kind, key in enumerate(keys):
             # The rows are looked up once it is known which are among the first.
@@ -183,23 +227,19 @@ class Represented:
         lifted float32 [p, d + 1]: the candidates as `lift` gives them.
         """
         self._meet(medoids)
-        p, x = len(lifted), np.ascontiguousarray(lifted[:, :-1])
-        extra = lifted[:, -1].astype(np.float64) ** 2
+        p, (x, extra, columns, error) = len(lifted), _operands(lifted)
         instead, besides = np.zeros(p, np.int64), np.zeros(p, np.int64)
         first = np.searchsorted(place, np.arange(len(self.medoids.x) + 1))
-        error = product_error(x.shape[1])
-        # |x|² + |c|² - 2 x·c + extra < nearest: who may be cheaper than the nearest pick, but for errors.
-        offset = (np.einsum("pd,pd->p", x, x, dtype=np.float64) + extra) / 2
         for rows in blocks(len(self.x), 4 * p):
-            nearest = self.nearest[rows]
-            least = (self.sq_norms[rows] - nearest - 2 * error) / 2
-            near = self.x[rows] @ x.T - offset.astype(np.float32) >= least.astype(np.float32)[:, None]
+            # Who may be cheaper than the nearest pick, but for errors.
+            least = (self.sq_norms[rows] - self.costs[rows, 0]) / 2 - error
+            near = self._products(rows, columns) >= least.astype(np.float32)[:, None]
             row, column = np.divmod(flat_nonzero(near), p)
             row += rows.start
             sq_dists = sq_dists_direct(self.x, row, x, column) + extra[column]
-            closer = np.flatnonzero(sq_dists < self.nearest[row])
+            closer = np.flatnonzero(sq_dists < self.costs[row, 0])
             row, column = row[closer], column[closer]
-            won = self._fixed(self.nearest[row]) - self._fixed(sq_dists[closer])
+            won = self._fixed(self.costs[row, 0]) - self._fixed(sq_dists[closer])
             np.add.at(besides, column, won)
             foreign = self.place[row] != place[column]
             np.add.at(instead, column[foreign], won[foreign])
@@ -209,9 +249,14 @@ class Represented:
             row = np.repeat(np.arange(rows.start, rows.stop), counts)
             column = np.repeat(first[mine + 1] - np.cumsum(counts), counts) + np.arange(counts.sum())
             there = sq_dists_direct(self.x, row, x, column) + extra[column]
-            left = np.minimum(there, self.second[row])
-            np.add.at(instead, column, self._fixed(self.nearest[row]) - self._fixed(left))
+            left = np.minimum(there, self.costs[row, 1])
+            np.add.at(instead, column, self._fixed(self.costs[row, 0]) - self._fixed(left))
         return Gains(instead, besides)
+
+    @property
+    def place(self) -> np.ndarray:
+        """The nearest pick of every row, by its place."""
+        return self.places[:, 0]
 
     def _fixed(self, sq_dists: np.ndarray) -> np.ndarray:
         return np.rint(sq_dists * self.scale).astype(np.int64)
