@@ -64,7 +64,7 @@ def check(
 ) -> None:
     """Tell whether a cluster is fit: versions, limits, clocks, results, collectives, and the bucket."""
     with sentences(debug, as_json):
-        from selective_ray.actors import fitness
+        from selective_ray.actors import check as fit
         from selective_ray.actors.session import Session
 
         # Processes of the cluster work in other folders.
@@ -73,7 +73,7 @@ def check(
         lines = []
         with Session(address) as session:
             session.start()
-            for line in fitness.check(run, Access(endpoint_url), reporter.say):
+            for line in fit.check(run, Access(endpoint_url), reporter.say):
                 lines.append(line)
                 if not as_json:
                     mark = {True: "ok", False: "NOT FIT", None: "-"}[line.fit]

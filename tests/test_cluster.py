@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from test_cli import ask, line_of
 
 from selective_ray import in_memory
-from selective_ray.actors import fitness, interruption, submission
+from selective_ray.actors import check, interruption, submission
 from selective_ray.errors import UserError
 from selective_ray.lease import Lease
 from selective_ray.store import Run
@@ -396,39 +396,39 @@ def test_a_cluster_is_looked_at(cluster, tmp_path):
 
 def test_what_is_not_fit_is_named_with_its_machine():
     names = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
-    here = {"python": fitness.platform.python_version(), **{n: fitness._version(n) for n in fitness.PACKAGES}}
+    here = {"python": check.platform.python_version(), **{n: check._version(n) for n in check.PACKAGES}}
     good = {"versions": here, "open_files": 2**20, "shm": 2**40, "time": time.time(), "token": True}
     looks = {
         "a": good,
         "b": good | {"versions": here | {"ray": "2.1"}, "open_files": 1024, "time": good["time"] - 60},
         "c": good | {"shm": 1, "token": False},
     }
-    line = fitness._versions(looks, names)
+    line = check._versions(looks, names)
     assert not line.fit and line.seen == f"10.0.0.2: ray 2.1 ({here['ray']} here)"
-    line = fitness._limits("open files", looks, names, "open_files", 65_535, "raise it")
+    line = check._limits("open files", looks, names, "open_files", 65_535, "raise it")
     assert not line.fit and line.seen.startswith("10.0.0.2: 1,024; 65,535 are needed")
     nodes = [{"NodeID": node, "Resources": {"object_store_memory": 1e9}} for node in looks]
-    line = fitness._shared_memory(looks, nodes, names)
+    line = check._shared_memory(looks, nodes, names)
     assert not line.fit and line.seen.startswith("10.0.0.3: 0.0 GB for an object store of 1.0 GB")
-    line = fitness._clocks(looks, names)
+    line = check._clocks(looks, names)
     assert not line.fit and line.seen == "10.0.0.2: -60.0 s"
-    line = fitness._token(looks, names)
+    line = check._token(looks, names)
     assert not line.fit and line.seen == "10.0.0.3: RAY_AUTH_MODE is not token"
-    line = fitness._results({"a": "123", "b": "124"}, names)
+    line = check._results({"a": "123", "b": "124"}, names)
     assert not line.fit and "10.0.0.2: 124" in line.seen
-    assert fitness._results({"a": "123", "b": "123"}, names).fit
-    assert not fitness._results({"a": "failed: x"}, names).fit
+    assert check._results({"a": "123", "b": "123"}, names).fit
+    assert not check._results({"a": "failed: x"}, names).fit
     silent = looks | {"c": None}
-    line = fitness._silent(silent, names)
+    line = check._silent(silent, names)
     assert not line.fit and line.seen.startswith("10.0.0.3: no answer")
 
 
 def test_a_bucket_without_conditional_puts_is_told(tmp_path, monkeypatch):
-    look = fitness._bucket._function
-    assert look(str(tmp_path), fitness.Access()) == "ok"
-    monkeypatch.setattr(fitness.objects, "is_local", lambda uri: False)
+    look = check._bucket._function
+    assert look(str(tmp_path), check.Access()) == "ok"
+    monkeypatch.setattr(check.objects, "is_local", lambda uri: False)
     for content, said in ((b"first", "ok"), (b"second", "a conditional put overwrites")):
-        monkeypatch.setattr(fitness.objects, "write", lambda *_, **__: None)
-        monkeypatch.setattr(fitness.objects, "delete", lambda *_: None)
-        monkeypatch.setattr(fitness.objects, "read", lambda *_, content=content: content)
-        assert look("s3://b/r", fitness.Access()).startswith(said)
+        monkeypatch.setattr(check.objects, "write", lambda *_, **__: None)
+        monkeypatch.setattr(check.objects, "delete", lambda *_: None)
+        monkeypatch.setattr(check.objects, "read", lambda *_, content=content: content)
+        assert look("s3://b/r", check.Access()).startswith(said)
