@@ -3,6 +3,7 @@
     python benchmarks/selection.py rounds mixture 1000000 --clusters 1000
     python benchmarks/selection.py rounds embeddings.npy --clusters 1000
     python benchmarks/selection.py growth mixture 10000000 --half --clusters 2000
+    python benchmarks/selection.py methods mixture 1000000 --clusters 1000
     python benchmarks/selection.py spread embeddings.npy --clusters 40
     python benchmarks/selection.py scale cifar10.npy --clusters 40
 
@@ -11,6 +12,7 @@ with all products is timed on the same actors. spread: mean distance of a pick t
 20 seeds, at a preset's weight and at weight 0. scale: the share of picks that the regularizer changes on
 subsets of 5,000, 15,000 and all rows, in the published unit and scaled. growth: seconds of the rounds and
 peak memory where rows are many; densities are then of one probe, and K-Means stops after one iteration.
+methods: seconds of usl, k-medoid and prototypes from the same densities and the same clusters.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -125,6 +128,28 @@ def growth(file: Path, clusters: int, half: bool) -> None:
         )
 
 
+def methods(file: Path, clusters: int) -> None:
+    """Select by each method in a process of its own, on the same run; K-Means is run to its end."""
+    alone = importlib.import_module("density").alone
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        path = Path(folder) / "run"
+        for method in ("usl", "k-medoid", "prototypes"):
+            options = {"selection.method": method, "cluster.iterations": config.Cluster().iterations}
+            run = alone(select, path, file, clusters, "selection", {}, **options)
+            made = run.manifest("selection")
+            before = run.manifest("clusters").seconds
+            peaks = {name: round(value / 2**20) for name, value in made.peak_memory_bytes.items()}
+            noted = {
+                key: made.summary[key] for key in ("passes", "swapped", "mean_cost") if key in made.summary
+            }
+            print(
+                f"{method:<12} clusters {before:.1f} s, select {made.seconds:.1f} s, in all "
+                f"{before + made.seconds:.1f} s; peak memory in MiB {peaks} {noted}",
+                flush=True,
+            )
+            shutil.rmtree(path / "selection")
+
+
 def apart(x: np.ndarray) -> float:
     """Mean distance of a row to the nearest other."""
     products = x.astype(np.float64) @ x.T.astype(np.float64)
@@ -209,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("rounds", "growth", "spread", "scale"))
+    parser.add_argument("what", choices=("rounds", "growth", "methods", "spread", "scale"))
     parser.add_argument("rows", help="mixture, overlapping, or a .npy file of unit rows")
     parser.add_argument("n", type=int, nargs="?", default=1_000_000)
     parser.add_argument("--clusters", type=int, default=1000)
@@ -226,6 +251,8 @@ def main() -> None:
             rounds(file, options.clusters, options.variants)
         elif options.what == "growth":
             growth(file, options.clusters, options.half)
+        elif options.what == "methods":
+            methods(file, options.clusters)
         elif options.what == "spread":
             spread(np.load(file), options.clusters, options.preset)
         else:
