@@ -129,15 +129,15 @@ def growth(file: Path, clusters: int, half: bool) -> None:
 
 
 def methods(file: Path, clusters: int) -> None:
-    """Select by each method in a process of its own, on the same run; K-Means is run to its end."""
+    """Select by each method in a process of its own, Ray's start included; K-Means is run to its end."""
     alone = importlib.import_module("density").alone
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        path = Path(folder) / "run"
+        path, options = Path(folder) / "run", {"cluster.iterations": config.Cluster().iterations}
+        before = alone(select, path, file, clusters, "clusters", {}, **options).manifest("clusters").seconds
         for method in ("usl", "k-medoid", "prototypes"):
-            options = {"selection.method": method, "cluster.iterations": config.Cluster().iterations}
+            options["selection.method"] = method
             run = alone(select, path, file, clusters, "selection", {}, **options)
             made = run.manifest("selection")
-            before = run.manifest("clusters").seconds
             peaks = {name: round(value / 2**20) for name, value in made.peak_memory_bytes.items()}
             noted = {
                 key: made.summary[key] for key in ("passes", "swapped", "mean_cost") if key in made.summary
