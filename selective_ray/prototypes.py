@@ -4,9 +4,10 @@ Each row is represented by one pick, which costs their squared distance and, in 
 distance of the pick to its own neighbors: a label is less worth where it stands alone. The cost of some picks
 is that of the cheapest for each row, summed over all rows; the nearest pick means the cheapest throughout.
 It starts at the row nearest to each centroid of K-Means. Then each pass proposes a few candidates for every
-pick: the rows that would represent those it represents for the least, and a drawn one of them. One sweep
-finds what each would gain, in place of that pick or of one elsewhere that is hardly missed. All swaps that
-gain are made together; where that does not lower the cost, only the half that gains most is.
+pick: the rows that would represent those it represents for the least, and a drawn one of them. A sweep over
+drawn rows tells what each would gain, in place of that pick or of one elsewhere that is hardly missed. All
+swaps that gain are made together; where that does not lower the cost of all rows, only the half that gains
+most is.
 
 Sources: PAM (Kaufman and Rousseeuw, 1990); gains by the nearest and second-nearest pick, FasterPAM (Schubert
 and Rousseeuw, 2021), which looks at every row as a candidate for every pick, one after the other.
@@ -24,11 +25,13 @@ from typing import NamedTuple
 import numpy as np
 
 from selective_ray.distances import blocks, flat_nonzero, product_error, sq_dists_direct
-from selective_ray.kmeans import fixed_point_bits
+from selective_ray.kmeans import add_rows, fixed_point_bits
 from selective_ray.random_picks import hashed
 
 # Candidates for each pick in a pass: so many of those that cost its rows the least, and a drawn one besides.
 LEAST = 2
+# Rows for each pick that tell what candidates gain, drawn anew in each pass; where there are fewer, all do.
+SAMPLED = 512
 
 
 class Costs(NamedTuple):
@@ -75,7 +78,7 @@ class Proposals(NamedTuple):
 
 class Gains(NamedTuple):
     """By how much candidates lower the cost, int64 [p] in fixed point: `instead` of the pick that they are
-    proposed for, and `besides` all picks."""
+    proposed for, and `besides` all picks; as far as the rows tell that were drawn."""
 
     instead: np.ndarray
     besides: np.ndarray
@@ -83,6 +86,19 @@ class Gains(NamedTuple):
     def add(self, other: Gains) -> Gains:
         """Return what both contribute."""
         return Gains(self.instead + other.instead, self.besides + other.besides)
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Candidates for picks: place int32 [p] ascending, and `lift` of them, float32 [p, d + 1].
+
+    The share of the rows, drawn by `draw`, that tells what they gain.
+    """
+
+    place: np.ndarray
+    lifted: np.ndarray
+    share: float
+    draw: int
 
 
 @dataclass(frozen=True)
@@ -142,12 +158,19 @@ class Represented:
     def _meet(self, medoids: Medoids) -> None:
         """Find the two nearest picks of every row; those known are compared with what has changed only."""
         known, m = self.medoids, len(medoids.x)
+        if known is not None and len(known.x) != m:
+            # Picks of another budget.
+            known = None
         changed, lost = np.arange(m), np.ones(len(self.x), bool)
         if known is not None and known.density_cost == medoids.density_cost:
             changed = np.flatnonzero(known.image_ids != medoids.image_ids)
             gone = np.zeros(m, bool)
             gone[changed] = True
             lost = gone[self.places].any(axis=1)
+        if known is None:
+            # By place: the sum of the rows it represents, and where each row has been added, -1 for nowhere.
+            self.sums = np.zeros((m, self.x.shape[1]), np.int64)
+            self.summed = np.full(len(self.x), -1)
         self.medoids = medoids
         if len(changed):
             self._offer(np.flatnonzero(~lost), changed, keep=True)
@@ -194,12 +217,13 @@ class Represented:
         nearest, second = self._fixed(self.costs).T
         loss = np.zeros(m, np.int64)
         np.add.at(loss, self.place, second - nearest)
-        sums = np.zeros((m, self.x.shape[1]), np.int64)
-        for rows in blocks(len(self.x), 64 * self.x.shape[1]):
-            fixed = np.rint(self.x[rows].astype(np.float64) * self.scale).astype(np.int64)
-            np.add.at(sums, self.place[rows], fixed)
+        moved = np.flatnonzero(self.summed != self.place)
+        before = moved[self.summed[moved] >= 0]
+        add_rows(self.sums, self.x, before, self.summed[before], self.scale, -1)
+        add_rows(self.sums, self.x, moved, self.place[moved], self.scale, 1)
+        self.summed = self.place.copy()
         counts = np.bincount(self.place, minlength=m)
-        return Costs(int(nearest.sum()), counts, loss, sums)
+        return Costs(int(nearest.sum()), counts, loss, self.sums.copy())
 
     def propose(self, medoids: Medoids, means: np.ndarray, draw: int) -> Proposals:
         """Propose rows for the picks that are not fixed; `draw` seeds what is drawn.
@@ -221,21 +245,22 @@ class Represented:
         place, kind, key, ids, at, sq_dists = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
         return Proposals(place, kind, key, ids, self.x[at[:, 0]], sq_dists).first()
 
-    def gains(self, medoids: Medoids, lifted: np.ndarray, place: np.ndarray) -> Gains:
-        """Return what candidates for the picks at some places int32 [p] ascending gain.
-
-        lifted float32 [p, d + 1]: the candidates as `lift` gives them.
-        """
+    def gains(self, medoids: Medoids, offered: Offered) -> Gains:
+        """Return what candidates gain, as a share of the rows tells."""
         self._meet(medoids)
-        p, (x, extra, columns, error) = len(lifted), _operands(lifted)
+        place, p, (x, extra, columns, error) = offered.place, len(offered.place), _operands(offered.lifted)
         instead, besides = np.zeros(p, np.int64), np.zeros(p, np.int64)
         first = np.searchsorted(place, np.arange(len(self.medoids.x) + 1))
-        for rows in blocks(len(self.x), 4 * p):
+        drawn = np.arange(len(self.x))
+        if offered.share < 1:
+            drawn = np.flatnonzero(hashed(self.image_ids, offered.draw) < int(offered.share * 2.0**64))
+        for part in blocks(len(drawn), 4 * p):
+            rows = drawn[part]
             # Who may be cheaper than the nearest pick, but for errors.
             least = (self.sq_norms[rows] - self.costs[rows, 0]) / 2 - error
             near = self._products(rows, columns) >= least.astype(np.float32)[:, None]
             row, column = np.divmod(flat_nonzero(near), p)
-            row += rows.start
+            row = rows[row]
             sq_dists = sq_dists_direct(self.x, row, x, column) + extra[column]
             closer = np.flatnonzero(sq_dists < self.costs[row, 0])
             row, column = row[closer], column[closer]
@@ -246,7 +271,7 @@ class Represented:
             # Without its pick, a row goes to the candidate or to its second-nearest pick.
             mine = self.place[rows]
             counts = first[mine + 1] - first[mine]
-            row = np.repeat(np.arange(rows.start, rows.stop), counts)
+            row = np.repeat(rows, counts)
             column = np.repeat(first[mine + 1] - np.cumsum(counts), counts) + np.arange(counts.sum())
             there = sq_dists_direct(self.x, row, x, column) + extra[column]
             left = np.minimum(there, self.costs[row, 1])
@@ -340,7 +365,7 @@ def improve(
     start: Medoids,
     represent: Callable[[Medoids], Costs],
     propose: Callable[[Medoids, np.ndarray, int], Proposals],
-    gains: Callable[[Medoids, np.ndarray, np.ndarray], Gains],
+    gains: Callable[[Medoids, Offered], Gains],
     *,
     n: int,
     seed: int,
@@ -355,7 +380,7 @@ def improve(
     costs each row it represents `density_cost` times what they cost on average at the start, by distance
     alone. The cost is never above that of the start.
     """
-    scale = scale_of(n)
+    scale, share = scale_of(n), min(1.0, SAMPLED * len(start.x) / n)
     state = State(start, represent(start))
     if density_cost and unit:
         each = density_cost * state.costs.cost / scale / n / unit
@@ -365,9 +390,13 @@ def improve(
         medoids, costs = state.medoids, state.costs
         counts = np.maximum(costs.counts, 1)
         means = (costs.sums / (scale * counts[:, None])).astype(np.float32)
-        offered = propose(medoids, means, seed * 1_000_003 + number)
+        draw = seed * 1_000_003 + number
+        offered = propose(medoids, means, draw)
         lifted = lift(offered.x, offered.sq_dists, medoids.density_cost)
-        found = choose(gains(medoids, lifted, offered.place), offered.place, costs.loss, medoids.fixed)
+        # Of other draws than those of the candidates: of their own they would say too much.
+        told = gains(medoids, Offered(offered.place, lifted, share, draw + 500_000))
+        told = Gains(*(np.rint(part / share).astype(np.int64) for part in told))
+        found = choose(told, offered.place, costs.loss, medoids.fixed)
         swaps = found
         while len(swaps.gain):
             image_ids, x, sq_dists = medoids.image_ids.copy(), medoids.x.copy(), medoids.sq_dists.copy()

@@ -1,6 +1,7 @@
 """Prototypes: costs and gains against sums written out, laws of the swaps, and any split of the rows."""
 
 from itertools import pairwise, product
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import selective_ray
 from selective_ray import distances, prototypes
 from selective_ray.cli import app
-from selective_ray.prototypes import Costs, Gains, Medoids, Proposals, Represented
+from selective_ray.prototypes import Costs, Gains, Medoids, Offered, Proposals, Represented
 
 
 def blobs(seed, n=120, d=5, blobs=6):
@@ -90,8 +91,8 @@ def test_gains_are_those_of_making_the_swap(each, monkeypatch):
     picks = np.array([3, 40, 77, 110])
     candidates, place = np.array([5, 6, 20, 90, 100]), np.array([0, 0, 1, 3, 3], np.int32)
     rows = Represented(x, np.arange(120), sq_dists_of(x), 120)
-    offered = medoids(x, candidates, each=each).lifted()
-    found = rows.gains(medoids(x, picks, each=each), offered, place)
+    lifted = medoids(x, candidates, each=each).lifted()
+    found = rows.gains(medoids(x, picks, each=each), Offered(place, lifted, 1.0, 0))
     scale = prototypes.scale_of(120) * 120
     for i, (candidate, at) in enumerate(zip(candidates, place, strict=True)):
         swapped = picks.copy()
@@ -111,9 +112,21 @@ def test_a_pick_moves_where_it_is_missed():
     assert state.history[0].made > 0
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 3), st.sampled_from([0.0, 0.2, 1.0]))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 8),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.2, 1.0]),
+    st.sampled_from([2, 512]),
+)
 @settings(max_examples=40, deadline=None)
-def test_laws(seed, m, fixed, density_cost):
+def test_laws(seed, m, fixed, density_cost, sampled):
+    """Also where a few rows tell for all what candidates gain."""
+    with mock.patch.object(prototypes, "SAMPLED", sampled):
+        check_laws(seed, m, fixed, density_cost)
+
+
+def check_laws(seed, m, fixed, density_cost):
     x = blobs(seed, n=60)
     start = np.random.default_rng(seed).choice(60, m, replace=False)
     fixed = min(fixed, m)

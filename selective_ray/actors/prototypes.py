@@ -12,7 +12,7 @@ from selective_ray import prototypes
 from selective_ray.actors.picking import Asked, Chosen, in_place, median_sq_dist
 from selective_ray.actors.pool import Pool
 from selective_ray.config import Selection
-from selective_ray.prototypes import Costs, Gains, Medoids, Pass, Proposals
+from selective_ray.prototypes import Costs, Gains, Medoids, Offered, Pass, Proposals
 from selective_ray.schema import Picks
 
 UNITS = "passes"
@@ -48,9 +48,9 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
         call = functools.partial(_propose, to, asked.column, around, draw)
         return pool.fold(call, Proposals.merge)
 
-    def gains(medoids: Medoids, lifted: np.ndarray, place: np.ndarray) -> Gains:
-        to, offered = put(medoids), ray.put((lifted, place))
-        return pool.fold(lambda actor: actor.gains.remote(to, asked.column, offered), Gains.add)
+    def gains(medoids: Medoids, offered: Offered) -> Gains:
+        to, sent = put(medoids), ray.put(offered)
+        return pool.fold(lambda actor: actor.gains.remote(to, asked.column, sent), Gains.add)
 
     def told(done: Pass) -> None:
         watch(f"mean cost of an image {done.cost:.4f}, {done.made:,} picks swapped")

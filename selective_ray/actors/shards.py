@@ -46,7 +46,7 @@ from selective_ray.heads import Trained, heads_table
 from selective_ray.joining import Block, Cells
 from selective_ray.methods import Terms
 from selective_ray.neighbors import Nearest
-from selective_ray.prototypes import Costs, Gains, Medoids, Proposals, Represented
+from selective_ray.prototypes import Costs, Gains, Medoids, Offered, Proposals, Represented
 from selective_ray.random_picks import Drawn
 from selective_ray.repulsion import Repulsion
 from selective_ray.schema import CLUSTERS, UTILITIES, Neighbors, Partial, Picks
@@ -444,9 +444,9 @@ class ShardHolder:
         """Propose rows held here for picks."""
         return self._represented(column).propose(medoids, means, draw)
 
-    def gains(self, medoids: Medoids, column: str, offered: tuple[np.ndarray, np.ndarray]) -> Gains:
+    def gains(self, medoids: Medoids, column: str, offered: Offered) -> Gains:
         """Return what candidates gain among the rows held here."""
-        return self._represented(column).gains(medoids, *offered)
+        return self._represented(column).gains(medoids, offered)
 
     def _represented(self, column: str) -> Represented:
         if self.represented is None:
