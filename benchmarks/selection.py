@@ -129,7 +129,7 @@ def growth(file: Path, clusters: int, half: bool) -> None:
 
 
 def methods(file: Path, clusters: int) -> None:
-    """Select by each method in a process of its own, Ray's start included; K-Means is run to its end."""
+    """Select by each method in a process of its own; K-Means is run to its end."""
     alone = importlib.import_module("density").alone
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         path, options = Path(folder) / "run", {"cluster.iterations": config.Cluster().iterations}

@@ -126,7 +126,7 @@ class Selection(Section):
     """Which images are selected: by USL the densest of each cluster, regularized."""
 
     # "k-medoid": the image nearest to the centroid of each cluster. "prototypes": these, improved by swaps
-    # that lower the squared distance of all images to their nearest pick. "usl-t": one of each cluster, which
+    # that bring them nearer to all images, and to where images are dense. "usl-t": one of each cluster, which
     # is trained in place of computed. The others are baselines, each in a file of its own.
     method: Literal[
         "usl",

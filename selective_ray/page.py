@@ -61,7 +61,7 @@ OF_CLUSTERS = {
 UTILITIES = {
     "usl": "what was maximized: density less weighted repulsion",
     "k-medoid": "the share of all images to which no other pick is nearer",
-    "prototypes": "the share of all images to which no other pick is nearer",
+    "prototypes": "the share of all images that it represents best",
     "usl-t": "how sure the trained heads are of its cluster or, where the densest is picked, its squared "
     "distance to its neighbors, negative",
     "typiclust": "one over the mean squared distance to the nearest images of its cluster",

@@ -137,8 +137,9 @@ def _operands(lifted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, f
     """
     x, extra = np.ascontiguousarray(lifted[:, :-1]), lifted[:, -1].astype(np.float64) ** 2
     offset = -(np.einsum("pd,pd->p", x, x, dtype=np.float64) + extra) / 2
-    # Of (x, 1) and (c, at most 5 / 2) the product of lengths is under 4.
-    return x, extra, np.vstack([x.T, offset.astype(np.float32)]), product_error(x.shape[1] + 1)
+    # Of (x, 1) and (c, at most 5 / 2) the product of lengths is under 4; the half of |row|² adds 1 / 2.
+    error = product_error(x.shape[1] + 1, y_norm=1.5)
+    return x, extra, np.vstack([x.T, offset.astype(np.float32)]), error
 
 
 class Represented:
@@ -378,7 +379,7 @@ def improve(
 
     represent, propose and gains sum over all n rows. A pick whose squared distance to its neighbors is `unit`
     costs each row it represents `density_cost` times what they cost on average at the start, by distance
-    alone. The cost is never above that of the start.
+    alone; where `unit` is 0, as among copies, nothing. The cost is never above that of the start.
     """
     scale, share = scale_of(n), min(1.0, SAMPLED * len(start.x) / n)
     state = State(start, represent(start))
