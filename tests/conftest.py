@@ -20,6 +20,7 @@ def two_cpus(tmp_path_factory):
     os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path_factory.mktemp("wandb"))}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     # Workers find them as they would find a role's; the endpoint comes with the run.
     os.environ |= s3.credentials()
     ray.init(

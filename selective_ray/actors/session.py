@@ -50,6 +50,8 @@ class Session:
             if self.address and self.address != "local":
                 ray.init(address=self.address, **quiet)
             else:
+                # No machine of a private instance is ever taken away.
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = (
@@ -93,6 +95,11 @@ def gpus() -> float:
 def here() -> NodeAffinitySchedulingStrategy:
     """Where this process runs: for what no other machine, which comes and goes, may take along."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def dashboard() -> bool:
+    """Whether the cluster has a dashboard, which Ray's own helpers ask about actors."""
+    return bool(ray._private.worker.get_dashboard_url())
 
 
 def alive_nodes() -> frozenset[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 
 from selective_ray.actors.placement import gpus_each
-from selective_ray.actors.session import alive_nodes, cpus, gpus, here
+from selective_ray.actors.session import alive_nodes, cpus, dashboard, gpus, here
 from selective_ray.actors.training_worker import Course, Job, Shape, work
 from selective_ray.batches import Plan
 from selective_ray.config import Config, Pretrain, Train
@@ -245,10 +245,18 @@ def _fit(job: Job, workers: int, each: dict[str, float]) -> str | None:
     """Run the workers; returns why they failed, or None."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Leave Ctrl-C to the command: Ray's handler would end it without a word."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            """Leave out what asks the dashboard: where there is none it holds every training up at its end."""
+            made = super()._create_default_callbacks()
+            if dashboard():
+                return made
+            return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
