@@ -252,7 +252,7 @@ def _fit(job: Job, workers: int, each: dict[str, float]) -> str | None:
             """Leave Ctrl-C to the command: Ray's handler would end it without a word."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            """Leave out what asks the dashboard: where there is none it holds every training up at its end."""
+            """Leave out what asks a dashboard that is not there, and holds a training up at its end."""
             made = super()._create_default_callbacks()
             if dashboard():
                 return made
