@@ -4,6 +4,9 @@ BIN := .venv/bin
 # A file's tests stay together: they share fixtures, and one Ray. More files at once would fight for two cores.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
+# Dozens of processes import torch and Ray: without files of bytecode each compiles a thousand modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test faults check wheel clean
 
 help: ## Show this list
