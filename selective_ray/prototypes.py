@@ -4,10 +4,10 @@ Each row is represented by one pick, which costs their squared distance and, in 
 distance of the pick to its own neighbors: a label is less worth where it stands alone. The cost of some picks
 is that of the cheapest for each row, summed over all rows; the nearest pick means the cheapest throughout.
 It starts at the row nearest to each centroid of K-Means. Then each pass proposes a few candidates for every
-pick: the rows that would represent those it represents for the least, and a drawn one of them. A sweep over
-drawn rows tells what each would gain, in place of that pick or of one elsewhere that is hardly missed. All
-swaps that gain are made together; where that does not lower the cost of all rows, only the half that gains
-most is.
+pick: the rows that would represent those it represents for the least, and a drawn one of them. Drawn rows of
+that pick and of those nearest to it tell what each would gain, in place of that pick or of one elsewhere
+that is hardly missed. All swaps that gain are made together; where that does not lower the cost of all rows,
+only the half that gains most is.
 
 Sources: PAM (Kaufman and Rousseeuw, 1990); gains by the nearest and second-nearest pick, FasterPAM (Schubert
 and Rousseeuw, 2021), which looks at every row as a candidate for every pick, one after the other.
@@ -26,12 +26,17 @@ import numpy as np
 
 from selective_ray.distances import blocks, flat_nonzero, product_error, sq_dists_direct
 from selective_ray.kmeans import add_rows, fixed_point_bits
+from selective_ray.neighbors import neighbors
 from selective_ray.random_picks import hashed
 
 # Candidates for each pick in a pass: so many of those that cost its rows the least, and a drawn one besides.
 LEAST = 2
 # Rows for each pick that tell what candidates gain, drawn anew in each pass; where there are fewer, all do.
 SAMPLED = 512
+# Picks, itself among them, whose rows tell what a pick's candidates gain: others seldom change hands.
+NEAR = 32
+# Rows for each pick that tell what a row is away from the nearest on average, at the start.
+AVERAGED = 64
 
 
 class Costs(NamedTuple):
@@ -92,11 +97,13 @@ class Gains(NamedTuple):
 class Offered:
     """Candidates for picks: place int32 [p] ascending, and `lift` of them, float32 [p, d + 1].
 
-    The share of the rows, drawn by `draw`, that tells what they gain.
+    near int32 [m, c]: for each pick, those whose rows tell what its candidates gain, itself among them; of
+    these rows only a share, drawn by `draw`.
     """
 
     place: np.ndarray
     lifted: np.ndarray
+    near: np.ndarray
     share: float
     draw: int
 
@@ -211,10 +218,19 @@ class Represented:
         """Multiply rows with what `_operands` made of picks: half of |row|² less what it costs, [r, p]."""
         return np.pad(self.x[rows], ((0, 0), (0, 1)), constant_values=1) @ columns
 
-    def represent(self, medoids: Medoids) -> Costs:
-        """Sum what the rows contribute to the cost of picks."""
-        self._meet(medoids)
+    def represent(self, medoids: Medoids, share: float = 1.0, draw: int = 0) -> Costs:
+        """Sum what the rows contribute to the cost of picks; cost and counts only where a share is drawn."""
         m = len(medoids.x)
+        if share < 1:
+            rows = self._drawn(share, draw)
+            self.medoids = medoids
+            self._offer(rows, np.arange(m), keep=False)
+            # The others have not met them.
+            self.medoids = None
+            nothing = np.zeros(m, np.int64)
+            counts = np.bincount(self.place[rows], minlength=m)
+            return Costs(int(self._fixed(self.costs[rows, 0]).sum()), counts, nothing, nothing)
+        self._meet(medoids)
         nearest, second = self._fixed(self.costs).T
         loss = np.zeros(m, np.int64)
         np.add.at(loss, self.place, second - nearest)
@@ -247,29 +263,40 @@ class Represented:
         return Proposals(place, kind, key, ids, self.x[at[:, 0]], sq_dists).first()
 
     def gains(self, medoids: Medoids, offered: Offered) -> Gains:
-        """Return what candidates gain, as a share of the rows tells."""
+        """Return what candidates gain, as a share of the rows near them tells."""
         self._meet(medoids)
         place, p, (x, extra, columns, error) = offered.place, len(offered.place), _operands(offered.lifted)
         instead, besides = np.zeros(p, np.int64), np.zeros(p, np.int64)
         first = np.searchsorted(place, np.arange(len(self.medoids.x) + 1))
-        drawn = np.arange(len(self.x))
-        if offered.share < 1:
-            drawn = np.flatnonzero(hashed(self.image_ids, offered.draw) < int(offered.share * 2.0**64))
-        for part in blocks(len(drawn), 4 * p):
-            rows = drawn[part]
-            # Who may be cheaper than the nearest pick, but for errors.
-            least = (self.sq_norms[rows] - self.costs[rows, 0]) / 2 - error
-            near = self._products(rows, columns) >= least.astype(np.float32)[:, None]
-            row, column = np.divmod(flat_nonzero(near), p)
-            row = rows[row]
-            sq_dists = sq_dists_direct(self.x, row, x, column) + extra[column]
-            closer = np.flatnonzero(sq_dists < self.costs[row, 0])
-            row, column = row[closer], column[closer]
-            won = self._fixed(self.costs[row, 0]) - self._fixed(sq_dists[closer])
-            np.add.at(besides, column, won)
-            foreign = self.place[row] != place[column]
-            np.add.at(instead, column[foreign], won[foreign])
+        drawn = self._drawn(offered.share, offered.draw)
+        drawn = drawn[np.argsort(self.place[drawn], kind="stable")]
+        # By place: the candidates its rows tell of.
+        told_by = offered.near[place]
+        order = np.argsort(told_by, axis=None, kind="stable")
+        whom, bounds = (
+            order // told_by.shape[1],
+            np.searchsorted(told_by.ravel()[order], np.arange(len(first))),
+        )
+        cells = np.searchsorted(self.place[drawn], np.arange(len(first)))
+        for at in np.flatnonzero(np.diff(cells) * np.diff(bounds)):
+            mine, who = drawn[cells[at] : cells[at + 1]], whom[bounds[at] : bounds[at + 1]]
+            for part in blocks(len(mine), len(who)):
+                rows = mine[part]
+                # Who may be cheaper than the nearest pick, but for errors.
+                least = (self.sq_norms[rows] - self.costs[rows, 0]) / 2 - error
+                near = self._products(rows, columns[:, who]) >= least.astype(np.float32)[:, None]
+                row, column = np.divmod(flat_nonzero(near), len(who))
+                row, column = rows[row], who[column]
+                sq_dists = sq_dists_direct(self.x, row, x, column) + extra[column]
+                closer = np.flatnonzero(sq_dists < self.costs[row, 0])
+                row, column = row[closer], column[closer]
+                won = self._fixed(self.costs[row, 0]) - self._fixed(sq_dists[closer])
+                np.add.at(besides, column, won)
+                foreign = place[column] != at
+                np.add.at(instead, column[foreign], won[foreign])
+        for part in blocks(len(drawn), 16 * (LEAST + 1)):
             # Without its pick, a row goes to the candidate or to its second-nearest pick.
+            rows = drawn[part]
             mine = self.place[rows]
             counts = first[mine + 1] - first[mine]
             row = np.repeat(rows, counts)
@@ -278,6 +305,12 @@ class Represented:
             left = np.minimum(there, self.costs[row, 1])
             np.add.at(instead, column, self._fixed(self.costs[row, 0]) - self._fixed(left))
         return Gains(instead, besides)
+
+    def _drawn(self, share: float, draw: int) -> np.ndarray:
+        """Draw a share of the rows held here."""
+        if share >= 1:
+            return np.arange(len(self.x))
+        return np.flatnonzero(hashed(self.image_ids, draw) < int(share * 2.0**64))
 
     @property
     def place(self) -> np.ndarray:
@@ -364,7 +397,7 @@ class State:
 
 def improve(
     start: Medoids,
-    represent: Callable[[Medoids], Costs],
+    represent: Callable[..., Costs],
     propose: Callable[[Medoids, np.ndarray, int], Proposals],
     gains: Callable[[Medoids, Offered], Gains],
     *,
@@ -382,11 +415,11 @@ def improve(
     alone; where `unit` is 0, as among copies, nothing. The cost is never above that of the start.
     """
     scale, share = scale_of(n), min(1.0, SAMPLED * len(start.x) / n)
-    state = State(start, represent(start))
     if density_cost and unit:
-        each = density_cost * state.costs.cost / scale / n / unit
-        state.medoids = replace(start, density_cost=each)
-        state.costs = represent(state.medoids)
+        told = represent(start, min(1.0, AVERAGED * len(start.x) / n), seed)
+        mean = told.cost / scale / max(1, told.counts.sum())
+        start = replace(start, density_cost=density_cost * mean / unit)
+    state = State(start, represent(start))
     for number in range(1, passes + 1):
         medoids, costs = state.medoids, state.costs
         counts = np.maximum(costs.counts, 1)
@@ -395,7 +428,8 @@ def improve(
         offered = propose(medoids, means, draw)
         lifted = lift(offered.x, offered.sq_dists, medoids.density_cost)
         # Of other draws than those of the candidates: of their own they would say too much.
-        told = gains(medoids, Offered(offered.place, lifted, share, draw + 500_000))
+        near = _near(medoids.x)
+        told = gains(medoids, Offered(offered.place, lifted, near, share, draw + 500_000))
         told = Gains(*(np.rint(part / share).astype(np.int64) for part in told))
         found = choose(told, offered.place, costs.loss, medoids.fixed)
         swaps = found
@@ -416,3 +450,15 @@ def improve(
         if not len(swaps.gain):
             break
     return state
+
+
+def _near(x: np.ndarray) -> np.ndarray:
+    """Return the NEAR nearest picks of each, itself among them: int32 [m, c]."""
+    places = np.arange(len(x))
+    if len(x) <= NEAR:
+        return np.tile(places.astype(np.int32), (len(x), 1))
+    found = neighbors(x, [(places, x)], NEAR).image_ids.astype(np.int32)
+    # Among many copies it need not be.
+    missing = np.flatnonzero(~(found == places[:, None]).any(axis=1))
+    found[missing, -1] = missing
+    return found

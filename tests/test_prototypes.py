@@ -92,7 +92,8 @@ def test_gains_are_those_of_making_the_swap(each, monkeypatch):
     candidates, place = np.array([5, 6, 20, 90, 100]), np.array([0, 0, 1, 3, 3], np.int32)
     rows = Represented(x, np.arange(120), sq_dists_of(x), 120)
     lifted = medoids(x, candidates, each=each).lifted()
-    found = rows.gains(medoids(x, picks, each=each), Offered(place, lifted, 1.0, 0))
+    near = np.tile(np.arange(4, dtype=np.int32), (4, 1))
+    found = rows.gains(medoids(x, picks, each=each), Offered(place, lifted, near, 1.0, 0))
     scale = prototypes.scale_of(120) * 120
     for i, (candidate, at) in enumerate(zip(candidates, place, strict=True)):
         swapped = picks.copy()
@@ -118,11 +119,12 @@ def test_a_pick_moves_where_it_is_missed():
     st.integers(0, 3),
     st.sampled_from([0.0, 0.2, 1.0]),
     st.sampled_from([2, 512]),
+    st.sampled_from([1, 3, 32]),
 )
 @settings(max_examples=40, deadline=None)
-def test_laws(seed, m, fixed, density_cost, sampled):
-    """Also where a few rows tell for all what candidates gain."""
-    with mock.patch.object(prototypes, "SAMPLED", sampled):
+def test_laws(seed, m, fixed, density_cost, sampled, near):
+    """Also where a few rows tell for all what candidates gain, or only those of the picks nearby."""
+    with mock.patch.multiple(prototypes, SAMPLED=sampled, NEAR=near):
         check_laws(seed, m, fixed, density_cost)
 
 

@@ -39,9 +39,9 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
             sent = medoids, ray.put(medoids)
         return sent[1]
 
-    def represent(medoids: Medoids) -> Costs:
+    def represent(medoids: Medoids, share: float = 1.0, draw: int = 0) -> Costs:
         to = put(medoids)
-        return pool.fold(lambda actor: actor.represent.remote(to, asked.column), Costs.add)
+        return pool.fold(lambda actor: actor.represent.remote(to, asked.column, share, draw), Costs.add)
 
     def propose(medoids: Medoids, means: np.ndarray, draw: int) -> Proposals:
         to, around = put(medoids), ray.put(means)

@@ -436,9 +436,9 @@ class ShardHolder:
         chosen = Picks(clusters[rows], self.image_ids[rows], utilities[rows].astype(np.float64))
         return Picks.none().merge(chosen)
 
-    def represent(self, medoids: Medoids, column: str) -> Costs:
-        """Sum what the rows held here contribute to the cost of picks."""
-        return self._represented(column).represent(medoids)
+    def represent(self, medoids: Medoids, column: str, share: float, draw: int) -> Costs:
+        """Sum what the rows held here, or a share of them, contribute to the cost of picks."""
+        return self._represented(column).represent(medoids, share, draw)
 
     def propose(self, medoids: Medoids, column: str, means: np.ndarray, draw: int) -> Proposals:
         """Propose rows held here for picks."""
