@@ -133,6 +133,8 @@ def methods(file: Path, clusters: int) -> None:
     alone = importlib.import_module("density").alone
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         path, options = Path(folder) / "run", {"cluster.iterations": config.Cluster().iterations}
+        # Each stage in a process of its own, so that the seconds of all have Ray's start in them.
+        alone(select, path, file, clusters, "density", {}, **options)
         before = alone(select, path, file, clusters, "clusters", {}, **options).manifest("clusters").seconds
         for method in ("usl", "k-medoid", "prototypes"):
             options["selection.method"] = method
