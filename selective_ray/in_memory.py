@@ -260,9 +260,11 @@ class Rows:
         swapping = settings.method == "prototypes"
         to_centroids = sq_dists_direct(x, ids, centroids, clusters).astype(np.float32)
         start = Picks.none().merge(Picks(clusters, ids, -to_centroids.astype(np.float64)))
-        rows, at = prototypes.Represented(x, self.image_ids, self.sq_dists, n), start.image_ids
+        mean = prototypes.mean_of(prototypes.summed(x, n), n) if swapping else None
+        rows = prototypes.Represented(x, self.image_ids, self.sq_dists, n, mean)
+        at = start.image_ids
         state = prototypes.improve(
-            prototypes.Medoids(self.image_ids[at], x[at], self.sq_dists[at], 0),
+            prototypes.Medoids(self.image_ids[at], prototypes.seen_from(mean, x[at]), self.sq_dists[at], 0),
             *(rows.represent, rows.propose, rows.gains),
             n=n,
             seed=config.seed,

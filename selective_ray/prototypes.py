@@ -1,5 +1,8 @@
 """Prototypes: picks that lie near all images, improved by swaps (k-medoids, as FasterPAM does).
 
+Rows are seen from their mean: less it, and of unit length again. Features that end in a rectifier lie in a
+narrow cone, where few rows far from all others would cost the most and draw the picks to them.
+
 Each row is represented by one pick, which costs their squared distance and, in proportion, the mean squared
 distance of the pick to its own neighbors: a label is less worth where it stands alone. The cost of some picks
 is that of the cheapest for each row, summed over all rows; the nearest pick means the cheapest throughout.
@@ -37,6 +40,9 @@ SAMPLED = 512
 NEAR = 32
 # Rows for each pick that tell what a row is away from the nearest on average, at the start.
 AVERAGED = 64
+# Rows nearer to the mean than this share of the root mean square are not stretched to unit length, but as
+# much as those at that distance: what little they differ by says nothing.
+SHORT = 0.7
 
 
 class Costs(NamedTuple):
@@ -110,7 +116,7 @@ class Offered:
 
 @dataclass(frozen=True)
 class Medoids:
-    """Picks by place: image_ids int64 [m], x float32 [m, d], sq_dists float32 [m] to their neighbors.
+    """Picks by place: image_ids int64 [m], x float32 [m, d] as rows are seen, sq_dists float32 [m].
 
     The first `fixed` stay. A pick costs each row `density_cost` times its sq_dist besides their distance.
     """
@@ -129,6 +135,33 @@ class Medoids:
 def lift(x: np.ndarray, sq_dists: np.ndarray, density_cost: float) -> np.ndarray:
     """Add to rows float32 [p, d] the root of what they cost besides distances, at most 4: [p, d + 1]."""
     return np.column_stack([x, np.sqrt(np.minimum(density_cost * sq_dists, 4), dtype=np.float32)])
+
+
+def summed(x: np.ndarray, n: int) -> np.ndarray:
+    """Add up rows of n in all, int64 [d] in fixed point: exact in any order."""
+    sums = np.zeros((1, x.shape[1]), np.int64)
+    for part in blocks(len(x), x.shape[1]):
+        rows = x[part].astype(np.float32)
+        add_rows(sums, rows, np.arange(len(rows)), np.zeros(len(rows), np.int64), scale_of(n), 1)
+    return sums[0]
+
+
+def mean_of(sums: np.ndarray, n: int) -> np.ndarray:
+    """Return the mean of n rows, float32 [d], of what `summed` found."""
+    return (sums / (scale_of(n) * n)).astype(np.float32)
+
+
+def seen_from(mean: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    """Return unit rows [n, d] as they are seen from the mean of all, at most of unit length: float32."""
+    x = x.astype(np.float32)
+    if mean is None:
+        return x
+    x -= mean
+    lengths = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
+    # Of unit rows it is the root mean square of their distances to the mean.
+    typical = np.sqrt(max(0.0, 1 - float(np.einsum("d,d->", mean, mean, dtype=np.float64))))
+    x /= np.maximum(lengths, max(SHORT * typical, 1e-6)).astype(np.float32)[:, None]
+    return x
 
 
 def scale_of(n: int) -> float:
@@ -152,13 +185,24 @@ def _operands(lifted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, f
 class Represented:
     """The rows one process holds, with their nearest and second-nearest pick.
 
-    x float32 [n, d] unit rows, image_ids int64 [n], sq_dists float32 [n] to their neighbors (the density's
-    inverse); total is the number of rows of all processes.
+    x [n, d] unit rows, image_ids int64 [n], sq_dists float32 [n] to their neighbors (the density's inverse);
+    total is the number of all rows, mean float32 [d] theirs, None where rows are seen as they are.
     """
 
-    def __init__(self, x: np.ndarray, image_ids: np.ndarray, sq_dists: np.ndarray, total: int) -> None:
+    def __init__(
+        self,
+        x: np.ndarray,
+        image_ids: np.ndarray,
+        sq_dists: np.ndarray,
+        total: int,
+        mean: np.ndarray | None = None,
+    ) -> None:
         self.x, self.image_ids, self.sq_dists, self.scale = x, image_ids, sq_dists, scale_of(total)
-        self.sq_norms = np.einsum("nd,nd->n", x, x)
+        self.mean = mean
+        self.sq_norms = np.empty(len(x), np.float32)
+        for part in blocks(len(x), x.shape[1]):
+            rows = self._rows(np.arange(part.start, part.stop))
+            self.sq_norms[part] = np.einsum("nd,nd->n", rows, rows)
         self.medoids: Medoids | None = None
         # Of the two nearest picks of every row.
         self.places, self.costs = np.empty((len(x), 2), np.int64), np.empty((len(x), 2))
@@ -189,8 +233,8 @@ class Represented:
         lifted = self.medoids.lifted()[picks]
         x, extra, columns, error = _operands(lifted)
         for part in blocks(len(rows), len(picks)):
-            at = rows[part]
-            products = self._products(at, columns)
+            at, here = rows[part], self._rows(rows[part])
+            products = self._products(here, columns)
             if keep:
                 least = (self.sq_norms[at] - self.costs[at, 1]) / 2 - error
             else:
@@ -200,7 +244,7 @@ class Represented:
                 least = products.max(axis=1) - 2 * error
                 products[best] = np.inf
             row, column = np.divmod(flat_nonzero(products >= least.astype(np.float32)[:, None]), len(picks))
-            costs, places = sq_dists_direct(self.x, at[row], x, column) + extra[column], picks[column]
+            costs, places = sq_dists_direct(here, row, x, column) + extra[column], picks[column]
             if keep:
                 row = np.concatenate([row, np.repeat(np.arange(len(at)), 2)])
                 costs = np.concatenate([costs, self.costs[at].ravel()])
@@ -214,9 +258,14 @@ class Represented:
             if len(self.medoids.x) == 1:
                 self.costs[at, 1] = 8.0
 
-    def _products(self, rows: np.ndarray | slice, columns: np.ndarray) -> np.ndarray:
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return some of the rows as they are seen from the mean; no second copy of all is kept."""
+        return seen_from(self.mean, self.x.take(rows, 0))
+
+    @staticmethod
+    def _products(x: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Multiply rows with what `_operands` made of picks: half of |row|² less what it costs, [r, p]."""
-        return np.pad(self.x[rows], ((0, 0), (0, 1)), constant_values=1) @ columns
+        return np.pad(x, ((0, 0), (0, 1)), constant_values=1) @ columns
 
     def represent(self, medoids: Medoids, share: float = 1.0, draw: int = 0) -> Costs:
         """Sum what the rows contribute to the cost of picks; cost and counts only where a share is drawn."""
@@ -235,9 +284,11 @@ class Represented:
         loss = np.zeros(m, np.int64)
         np.add.at(loss, self.place, second - nearest)
         moved = np.flatnonzero(self.summed != self.place)
-        before = moved[self.summed[moved] >= 0]
-        add_rows(self.sums, self.x, before, self.summed[before], self.scale, -1)
-        add_rows(self.sums, self.x, moved, self.place[moved], self.scale, 1)
+        for part in blocks(len(moved), self.x.shape[1]):
+            some = moved[part]
+            here, before = self._rows(some), np.flatnonzero(self.summed[some] >= 0)
+            add_rows(self.sums, here, before, self.summed[some[before]], self.scale, -1)
+            add_rows(self.sums, here, np.arange(len(some)), self.place[some], self.scale, 1)
         self.summed = self.place.copy()
         counts = np.bincount(self.place, minlength=m)
         return Costs(int(nearest.sum()), counts, loss, self.sums.copy())
@@ -253,14 +304,17 @@ class Represented:
         rows = rows[self.image_ids[rows] != self.medoids.image_ids[self.place[rows]]]
         place, ids = self.place[rows].astype(np.int32), self.image_ids[rows]
         own = medoids.density_cost * self.sq_dists[rows].astype(np.float64)
-        keys = sq_dists_direct(self.x, rows, means, place) + own, hashed(ids, draw).astype(np.float64)
+        for part in blocks(len(rows), self.x.shape[1]):
+            here = self._rows(rows[part])
+            own[part] += sq_dists_direct(here, np.arange(len(here)), means, place[part])
+        keys = own, hashed(ids, draw).astype(np.float64)
         kinds = []
         for kind, key in enumerate(keys):
             # The rows are looked up once it is known which are among the first.
             numbers = np.full(len(rows), kind, np.int8)
             kinds.append(Proposals(place, numbers, key, ids, rows[:, None], self.sq_dists[rows]).first())
         place, kind, key, ids, at, sq_dists = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
-        return Proposals(place, kind, key, ids, self.x[at[:, 0]], sq_dists).first()
+        return Proposals(place, kind, key, ids, self._rows(at[:, 0]), sq_dists).first()
 
     def gains(self, medoids: Medoids, offered: Offered) -> Gains:
         """Return what candidates gain, as a share of the rows near them tells."""
@@ -281,27 +335,27 @@ class Represented:
         for at in np.flatnonzero(np.diff(cells) * np.diff(bounds)):
             mine, who = drawn[cells[at] : cells[at + 1]], whom[bounds[at] : bounds[at + 1]]
             for part in blocks(len(mine), len(who)):
-                rows = mine[part]
+                rows, here = mine[part], self._rows(mine[part])
                 # Who may be cheaper than the nearest pick, but for errors.
                 least = (self.sq_norms[rows] - self.costs[rows, 0]) / 2 - error
-                near = self._products(rows, columns[:, who]) >= least.astype(np.float32)[:, None]
+                near = self._products(here, columns[:, who]) >= least.astype(np.float32)[:, None]
                 row, column = np.divmod(flat_nonzero(near), len(who))
-                row, column = rows[row], who[column]
-                sq_dists = sq_dists_direct(self.x, row, x, column) + extra[column]
-                closer = np.flatnonzero(sq_dists < self.costs[row, 0])
-                row, column = row[closer], column[closer]
+                column = who[column]
+                sq_dists = sq_dists_direct(here, row, x, column) + extra[column]
+                closer = np.flatnonzero(sq_dists < self.costs[rows[row], 0])
+                row, column = rows[row[closer]], column[closer]
                 won = self._fixed(self.costs[row, 0]) - self._fixed(sq_dists[closer])
                 np.add.at(besides, column, won)
                 foreign = place[column] != at
                 np.add.at(instead, column[foreign], won[foreign])
         for part in blocks(len(drawn), 16 * (LEAST + 1)):
             # Without its pick, a row goes to the candidate or to its second-nearest pick.
-            rows = drawn[part]
+            rows, here = drawn[part], self._rows(drawn[part])
             mine = self.place[rows]
             counts = first[mine + 1] - first[mine]
-            row = np.repeat(rows, counts)
+            row, at = np.repeat(rows, counts), np.repeat(np.arange(len(rows)), counts)
             column = np.repeat(first[mine + 1] - np.cumsum(counts), counts) + np.arange(counts.sum())
-            there = sq_dists_direct(self.x, row, x, column) + extra[column]
+            there = sq_dists_direct(here, at, x, column) + extra[column]
             left = np.minimum(there, self.costs[row, 1])
             np.add.at(instead, column, self._fixed(self.costs[row, 0]) - self._fixed(left))
         return Gains(instead, besides)

@@ -84,6 +84,40 @@ def test_costs_are_those_written_out(each):
         assert np.allclose(found.sums[place] / scale, x[mine].sum(axis=0), atol=1e-6)
 
 
+def test_rows_are_seen_from_their_mean_by_hand():
+    x = unit(np.array([[10.0, 1, 0], [10, -1, 0], [10, 0, 2], [10, 0.1, 0]]))
+    sums = [prototypes.summed(part, 4) for part in (x[:1], x[1:])]
+    mean = prototypes.mean_of(sum(sums), 4)
+    assert np.allclose(mean, x.mean(axis=0), atol=1e-7)
+    apart = x - x.mean(axis=0)
+    lengths = np.linalg.norm(apart, axis=1)
+    least = 0.7 * np.sqrt((lengths**2).mean())
+    assert (lengths < least).tolist() == [False, False, False, True]
+    seen = prototypes.seen_from(mean, x)
+    assert np.allclose(seen, apart / np.maximum(lengths, least)[:, None], atol=1e-4)
+    assert np.allclose(np.linalg.norm(seen[:3], axis=1), 1, atol=1e-6)
+    copies = np.repeat(x[:1], 5, axis=0)
+    assert np.isfinite(
+        prototypes.seen_from(prototypes.mean_of(prototypes.summed(copies, 5), 5), copies)
+    ).all()
+
+
+@pytest.mark.parametrize("block", [100, distances.BLOCK_PRODUCTS])
+def test_rows_seen_from_the_mean_are_rows_of_their_own(block, monkeypatch):
+    """To the bit, whatever blocks they are computed in."""
+    monkeypatch.setattr(distances, "BLOCK_PRODUCTS", block)
+    x = unit(blobs(3) + 2)
+    mean = prototypes.mean_of(prototypes.summed(x, 120), 120)
+    seen = prototypes.seen_from(mean, x)
+    found = []
+    for rows, center in ((x, mean), (seen, None)):
+        held = Represented(rows, np.arange(120), sq_dists_of(x), 120, center)
+        steps = held.represent, held.propose, held.gains
+        found.append(prototypes.improve(medoids(seen, [3, 40, 77, 110]), *steps, n=120, seed=0, passes=9))
+    assert found[0].medoids.image_ids.tolist() == found[1].medoids.image_ids.tolist()
+    assert found[0].costs.cost == found[1].costs.cost and found[0].history == found[1].history
+
+
 @pytest.mark.parametrize("each", [0.0, 0.4])
 def test_gains_are_those_of_making_the_swap(each, monkeypatch):
     monkeypatch.setattr(distances, "BLOCK_PRODUCTS", 1000)

@@ -31,6 +31,11 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
     )
     ids = np.concatenate([asked.fixed, start.image_ids])
     places, x = zip(*pool.all(lambda actor: actor.vectors.remote(ids)), strict=True)
+    n, swapping = int(asked.sizes.sum()), settings.method == "prototypes"
+    mean = None
+    if swapping:
+        mean = prototypes.mean_of(pool.fold(lambda actor: actor.summed.remote(), np.add), n)
+    seen = asked.column, mean
     sent: tuple[Medoids, ray.ObjectRef] | None = None
 
     def put(medoids: Medoids) -> ray.ObjectRef:
@@ -41,24 +46,25 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
 
     def represent(medoids: Medoids, share: float = 1.0, draw: int = 0) -> Costs:
         to = put(medoids)
-        return pool.fold(lambda actor: actor.represent.remote(to, asked.column, share, draw), Costs.add)
+        return pool.fold(lambda actor: actor.represent.remote(to, seen, share, draw), Costs.add)
 
     def propose(medoids: Medoids, means: np.ndarray, draw: int) -> Proposals:
         to, around = put(medoids), ray.put(means)
-        call = functools.partial(_propose, to, asked.column, around, draw)
+        call = functools.partial(_propose, to, seen, around, draw)
         return pool.fold(call, Proposals.merge)
 
     def gains(medoids: Medoids, offered: Offered) -> Gains:
         to, sent = put(medoids), ray.put(offered)
-        return pool.fold(lambda actor: actor.gains.remote(to, asked.column, sent), Gains.add)
+        return pool.fold(lambda actor: actor.gains.remote(to, seen, sent), Gains.add)
 
     def told(done: Pass) -> None:
         watch(f"mean cost of an image {done.cost:.4f}, {done.made:,} picks swapped")
 
-    n, swapping = int(asked.sizes.sum()), settings.method == "prototypes"
     at, sq_dists, _ = zip(*pool.all(lambda actor: actor.sq_dists_of.remote(asked.column, ids)), strict=True)
     state = prototypes.improve(
-        Medoids(ids, in_place(places, x), in_place(at, sq_dists), len(asked.fixed)),
+        Medoids(
+            ids, prototypes.seen_from(mean, in_place(places, x)), in_place(at, sq_dists), len(asked.fixed)
+        ),
         *(represent, propose, gains),
         n=n,
         seed=asked.config.seed,
@@ -80,5 +86,5 @@ def pick(pool: Pool, asked: Asked, watch: Callable[[str], None]) -> Chosen:
     )
 
 
-def _propose(to: ray.ObjectRef, column: str, around: ray.ObjectRef, draw: int, actor) -> ray.ObjectRef:
-    return actor.propose.remote(to, column, around, draw)
+def _propose(to: ray.ObjectRef, seen: tuple, around: ray.ObjectRef, draw: int, actor) -> ray.ObjectRef:
+    return actor.propose.remote(to, seen, around, draw)

@@ -22,6 +22,7 @@ from selective_ray import (
     joining,
     kmeans,
     methods,
+    prototypes,
     random_picks,
     selection,
     starts,
@@ -56,6 +57,9 @@ from selective_ray.two_level import Split
 
 # How often an actor may die before the run gives up, and a call be repeated.
 RESTARTS = 20
+
+# What prototypes see rows by: the density's column, and the mean of all rows.
+Seen = tuple[str, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -436,21 +440,26 @@ class ShardHolder:
         chosen = Picks(clusters[rows], self.image_ids[rows], utilities[rows].astype(np.float64))
         return Picks.none().merge(chosen)
 
-    def represent(self, medoids: Medoids, column: str, share: float, draw: int) -> Costs:
+    def summed(self) -> np.ndarray:
+        """Add up the rows held here, in fixed point."""
+        return prototypes.summed(self.x, self.n)
+
+    def represent(self, medoids: Medoids, seen: Seen, share: float, draw: int) -> Costs:
         """Sum what the rows held here, or a share of them, contribute to the cost of picks."""
-        return self._represented(column).represent(medoids, share, draw)
+        return self._represented(*seen).represent(medoids, share, draw)
 
-    def propose(self, medoids: Medoids, column: str, means: np.ndarray, draw: int) -> Proposals:
+    def propose(self, medoids: Medoids, seen: Seen, means: np.ndarray, draw: int) -> Proposals:
         """Propose rows held here for picks."""
-        return self._represented(column).propose(medoids, means, draw)
+        return self._represented(*seen).propose(medoids, means, draw)
 
-    def gains(self, medoids: Medoids, column: str, offered: Offered) -> Gains:
+    def gains(self, medoids: Medoids, seen: Seen, offered: Offered) -> Gains:
         """Return what candidates gain among the rows held here."""
-        return self._represented(column).gains(medoids, offered)
+        return self._represented(*seen).gains(medoids, offered)
 
-    def _represented(self, column: str) -> Represented:
+    def _represented(self, column: str, mean: np.ndarray | None) -> Represented:
         if self.represented is None:
-            self.represented = Represented(self.x, self.image_ids, self._column("density", column), self.n)
+            sq_dists = self._column("density", column)
+            self.represented = Represented(self.x, self.image_ids, sq_dists, self.n, mean)
         return self.represented
 
     def draw(self, count: int, seed: int, without: np.ndarray) -> Drawn:
