@@ -57,6 +57,7 @@ def select(run: Path, source: Path | str, clusters: int, upto: str, variant: dic
         **{f"selection.{key}": value for key, value in preset.items()},
         **{key: value for key, value in variant.items() if key != "preset"},
         "selection.budget": clusters,
+        "selection.method": "usl",
         "cluster.iterations": 3,
         "resources.workers": 2,
         **options,

@@ -210,7 +210,10 @@ def learning(arguments: argparse.Namespace, folder: Path) -> None:
         for picked in ("usl", "random"):
             if picked == "usl":
                 run = Run(str(folder / f"usl-{seed}"))
-                choose = {"selection.budget": arguments.budget, "seed": seed}
+                choose = {
+                    **{"selection.budget": arguments.budget, "selection.method": "usl"},
+                    "seed": seed,
+                }
                 settings, asked = config.load(options=choose, own_embeddings=True)
                 source = pipeline.Source(embeddings=base.uri)
                 pipeline.advance(run, source, settings, asked, QUIET, upto="selection")

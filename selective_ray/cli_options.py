@@ -68,7 +68,8 @@ Labeled = Annotated[
     ),
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help=f"How to select: {', '.join(METHOD_KEYS)} (default usl).")
+    str | None,
+    typer.Option("--method", help=f"How to select: {', '.join(METHOD_KEYS)} (default prototypes)."),
 ]
 KeepUtilities = Annotated[
     bool, typer.Option("--keep-utilities", help="Write the utility of every image to utilities/.")

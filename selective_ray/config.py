@@ -123,11 +123,13 @@ OF_NEIGHBORS = ("probcover", "max-herding")
 
 
 class Selection(Section):
-    """Which images are selected: by USL the densest of each cluster, regularized."""
+    """Which images are selected."""
 
-    # "k-medoid": the image nearest to the centroid of each cluster. "prototypes": these, improved by swaps
-    # that bring them nearer to all images, and to where images are dense. "usl-t": one of each cluster, which
-    # is trained in place of computed. The others are baselines, each in a file of its own.
+    # "prototypes": the image nearest to the centroid of each cluster, improved by swaps that bring the picks
+    # nearer to all images, and to where images are dense. "usl": the densest of each cluster, regularized;
+    # asked for, too, by a key that is its own (the presets usl-…). "k-medoid": prototypes without swaps.
+    # "usl-t": one of each cluster, which is trained in place of computed. The others are baselines, each in a
+    # file of its own.
     method: Literal[
         "usl",
         "prototypes",
@@ -140,7 +142,7 @@ class Selection(Section):
         "k-center",
         "random",
         "stratified",
-    ] = "usl"
+    ] = "prototypes"
     # Passes of swaps at most.
     passes: int = Field(8, ge=1)
     # What a pick of median density costs each image it stands for, as a share of the mean squared distance
@@ -503,6 +505,9 @@ def _parse(assignment: str) -> tuple[str, Any]:
 def _validate(flat: dict[str, Any]) -> Config:
     known = _known_keys()
     nested: dict[str, Any] = {}
+    if any(f"selection.{key}" in flat for key in USL_ONLY):
+        # Who asks for what only USL has, as its presets do, asks for USL.
+        flat = {"selection.method": "usl", **flat}
     for key, value in flat.items():
         if key not in known:
             raise UsageError(f"unknown key {key!r}{_nearest(key, known)}")

@@ -36,7 +36,7 @@ class Rates:
     all workers together. row_seconds, cluster_seconds, select_seconds: of a worker, for what else a stage
     does with a row. pixel_bytes and encode_flops of an image as the encoder sees it; d the dimension;
     rejected the share of the images. iterations of K-Means, of which the second and later take later_share as
-    long as the first.
+    long as the first. select_clusters of the stand-in that was selected from.
     """
 
     cpus: float
@@ -60,6 +60,7 @@ class Rates:
     iterations: int = 1
     cluster_seconds: float = 0.0
     select_seconds: float = 0.0
+    select_clusters: int = 0
     cluster_start: float = 0.0
     select_start: float = 0.0
 
@@ -318,8 +319,13 @@ class Holding:
         yield self._stage("density", *self._density(), store_bytes=self.store_bytes)
         for budget in self.config.selection.every_budget():
             yield self._stage("cluster", *self._cluster(budget))
-            seconds = self.rates.select_start + self._rows(self.rates.select_seconds)
-            yield self._stage("select", seconds, "rounds")
+            each = self.rates.select_seconds
+            swaps = self.config.selection.method == "prototypes"
+            if swaps:
+                # Rows are compared with all picks, of which the stand-in had so many.
+                each *= budget / max(1, self.rates.select_clusters)
+            seconds = self.rates.select_start + self._rows(each)
+            yield self._stage("select", seconds, "passes" if swaps else "rounds")
 
     def _stage(self, name: str, seconds: float, limit: str, *, store_bytes: int = 0) -> Stage:
         shards = _shards(self.n, self.config)

@@ -119,6 +119,10 @@ def code_version() -> dict[str, str | None]:
 def differences(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
     """List the keys in which two configurations differ, as `key: theirs there, mine here`."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
+        # A selection that names no method is of USL, once the only one. Keys of two methods say no more.
+        methods = [what.get("method", "usl") for what in (theirs, mine)]
+        if methods[0] != methods[1]:
+            return [f"{prefix}.method is {methods[0]} there and {methods[1]} here".lstrip(".")]
         keys = sorted(mine.keys() | theirs.keys())
         nested = (differences(mine.get(key), theirs.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys)
         return [line for lines in nested for line in lines]

@@ -307,7 +307,11 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_touched(given, finished):
         (["--budget", "5", "--seed", "4"], "seed is 3 there and 4 here"),
         (["--budget", "6", "--seed", "3"], "budget is 5 there and 6 here"),
         (["--budget", "5", "--seed", "3", "--set", "density.k=7"], "density.k is 20 there and 7 here"),
-        (["--budget", "5", "--seed", "3", "--set", "selection.weight=3"], "weight is 2.0 there and 3.0 here"),
+        (["--budget", "5", "--seed", "3", "--set", "selection.density_cost=0.3"], "0.2 there and 0.3 here"),
+        (
+            ["--budget", "5", "--seed", "3", "--set", "selection.weight=3"],
+            "selection.method is prototypes there and usl here",
+        ),
         (["--budget", "5", "--seed", "3", "--set", "embed.dtype=float16"], "float32 there and float16 here"),
     ],
 )

@@ -359,6 +359,17 @@ def test_with_own_embeddings_only_the_preset_loses_its_embed_section(toml):
     assert settings.embed.dtype == "float16" and "embed.dtype" in asked
 
 
+def test_who_asks_for_what_only_usl_has_asks_for_usl():
+    assert Config().selection.method == load()[0].selection.method == "prototypes"
+    for asked in ({"assignments": ["selection.weight=1"]}, {"options": {"selection.rounds": 3}}):
+        assert load(**asked)[0].selection.method == "usl"
+    for preset in PRESETS:
+        if preset.startswith("usl-") and not preset.startswith("usl-t-"):
+            assert load(preset=preset)[0].selection.method == "usl"
+    other = load(options={"selection.method": "prototypes", "selection.weight": 1.0})
+    assert other[0].selection.method == "prototypes"
+
+
 @pytest.mark.parametrize("key", ["lists", "probes"])
 def test_lists_without_a_search_by_lists_are_refused(key):
     with pytest.raises(UsageError, match=r"mean nothing with density\.mode = exact"):

@@ -42,7 +42,9 @@ def world(tmp_path_factory) -> World:
     x = unit(rng.normal(size=(8, 16))[labels] + 0.9 * rng.normal(size=(300, 16)))
     world = World(folder, x, labels, [])
     for seed in range(3):
-        world.runs.append(make(folder / str(seed), x, 16, world.uris, settings={"seed": seed}))
+        world.runs.append(
+            make(folder / str(seed), x, 16, world.uris, settings={"seed": seed, "selection.method": "usl"})
+        )
     world.runs.append(make(folder / "10", x, 10, world.uris))
     return world
 

@@ -54,6 +54,7 @@ RATES = Rates(
     iterations=21,
     cluster_seconds=1e-6,
     select_seconds=2e-6,
+    select_clusters=200,
     cluster_start=0.5,
     select_start=1.5,
 )
@@ -84,7 +85,10 @@ def test_a_plan_by_hand():
     assert stages["density"].store_bytes == search.moved_bytes(4)
     assert stages["cluster"].seconds == pytest.approx(0.5 + n * 1000 * (1 + 20 * 0.2) / 1e9 + n * 1e-6 / 2)
     assert stages["cluster"].worker_bytes == kmeans.holder_bytes(n // 2, 128, 1000)
-    assert stages["select"].seconds == pytest.approx(1.5 + n * 2e-6 / 2)
+    # Prototypes compare rows with all picks, five times those of the stand-in; rounds of USL with few.
+    assert stages["select"].seconds == pytest.approx(1.5 + 5 * n * 2e-6 / 2)
+    rounds = by_stage(plan(RATES, settings(**{"selection.method": "usl"}), HERE, survey=SURVEY))
+    assert rounds["select"].seconds == pytest.approx(1.5 + n * 2e-6 / 2)
     assert stages["embed"].requests == {"get": n + 200, "put": 300}
 
 

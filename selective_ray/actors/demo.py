@@ -41,21 +41,21 @@ def tell(folder: Path, *, seeds: int, draws: int, as_json: bool) -> None:
     x = np.concatenate([first.read_embeddings(shard)[1] for shard in shards])
     rng = np.random.default_rng(0)
     random = [rng.choice(len(x), BUDGET, replace=False) for _ in range(draws)]
-    usl = {"counts": _counts(labels, picks[0]), "accuracy": [_accuracy(x, labels, rows) for rows in picks]}
+    ours = {"counts": _counts(labels, picks[0]), "accuracy": [_accuracy(x, labels, rows) for rows in picks]}
     chance = {
         "counts": _counts(labels, random[0]),
         "accuracy": [_accuracy(x, labels, rows) for rows in random],
     }
     report = first.path("report", "index.html")
     if as_json:
-        print(json.dumps({"usl": usl, "random": chance, "report": report}))  # noqa: T201
+        print(json.dumps({"selected": ours, "random": chance, "report": report}))  # noqa: T201
         return
     print(f"{BUDGET} of {len(x):,} handwritten digits, chosen without labels\n")  # noqa: T201
     print("class             " + "".join(f"{digit:>4}" for digit in range(10)))  # noqa: T201
-    for name, found in (("selective_ray", usl), ("one random draw", chance)):
+    for name, found in (("selective_ray", ours), ("one random draw", chance)):
         print(f"{name:<18}" + "".join(f"{count:>4}" for count in found["counts"]))  # noqa: T201
     print("\naccuracy of a nearest-neighbor classifier that knows the labels of these 40")  # noqa: T201
-    for name, found, unit in (("selective_ray", usl, "seeds"), ("random", chance, "draws")):
+    for name, found, unit in (("selective_ray", ours, "seeds"), ("random", chance, "draws")):
         accuracy = 100 * np.array(found["accuracy"])
         print(  # noqa: T201
             f"{name:<18}{accuracy.mean():.1f} % ± {accuracy.std(ddof=1):.1f} over {len(accuracy)} {unit}, "

@@ -56,7 +56,7 @@ def tell(folder: Path, *, as_json: bool) -> None:
     encoder = Run(str(folder / "encoder"))
     learned, _ = pretrain(encoder, str(images), _settings(LEARN), "pretrain", reporter, truth="folders")
     runs = {}
-    for name, options in (("usl", {}), ("usl-t", TRAINED)):
+    for name, options in (("usl", {"selection.method": "usl"}), ("usl-t", TRAINED)):
         settings, asked = config.load(
             options={**options, "selection.budget": BUDGET, "embed.encoder": f"{folder}/encoder"}
         )

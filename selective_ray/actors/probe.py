@@ -266,6 +266,7 @@ def _select(x: np.ndarray, n: int, config: Config, rates: Rates, place: str, acc
         iterations=iterations,
         cluster_seconds=grows(clustering),
         select_seconds=grows(selecting),
+        select_clusters=last["clusters"].summary["clusters"],
         cluster_start=starts(clustering, before),
         select_start=starts(selecting, before),
     )
