@@ -27,7 +27,7 @@ check: setup ## Lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: setup ## Run the tests (20 minutes on two cores)
+test: setup ## Run the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest $(TWO) -m "not faults"
 
 faults: setup ## Kill every kind of process in every stage (under 45 minutes)
