@@ -128,7 +128,8 @@ def test_a_file_tells_what_folders_tell_for_any_shards(world, tmp_path):
     by_uri.write_text("\n".join(map(json.dumps, said)))
     (folders,) = judge("--labels", "folders", runs=world.runs[:1])["judged"]
     for shard_rows, file in ((300, by_id), (37, by_uri)):
-        made = make(tmp_path / str(shard_rows), world.x, 16, world.uris, shard_rows=shard_rows)
+        how = {"shard_rows": shard_rows, "settings": {"selection.method": "usl"}}
+        made = make(tmp_path / str(shard_rows), world.x, 16, world.uris, **how)
         for sample in (300, 100):
             (found,) = judge("--labels", file, "--sample", sample, runs=[made])["judged"]
             (same,) = judge("--labels", "folders", "--sample", sample, runs=world.runs[:1])["judged"]

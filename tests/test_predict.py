@@ -178,7 +178,9 @@ def test_what_is_written_stays_and_an_image_that_is_gone_is_named(trained, done,
 
 
 def test_labels_that_have_changed_are_told_of(done, copy, tmp_path):
-    (tmp_path / "more.csv").write_text("image_id,label\n2,blue\n")
+    picked = copy.read_shard("selection", 0)["image_id"].to_pylist()
+    other = min(set(range(60)) - set(picked))
+    (tmp_path / "more.csv").write_text(f"image_id,label\n{other},blue\n")
     labeling.bring_labels(copy, str(tmp_path / "more.csv"), replace=True, reporter=Reporter(quiet=True))
     reporter = Reporter(quiet=True)
     assert predicted(copy, reporter)[1]
