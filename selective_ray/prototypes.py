@@ -116,9 +116,10 @@ class Offered:
 
 @dataclass(frozen=True)
 class Medoids:
-    """Picks by place: image_ids int64 [m], x float32 [m, d] as rows are seen, sq_dists float32 [m].
+    """Picks by place: image_ids int64 [m], and x float32 [m, d] as rows are seen.
 
-    The first `fixed` stay. A pick costs each row `density_cost` times its sq_dist besides their distance.
+    sq_dists float32 [m] are those to their own neighbors (the density's inverse). The first `fixed` stay. A
+    pick costs each row `density_cost` times its sq_dist besides their distance.
     """
 
     image_ids: np.ndarray
@@ -232,7 +233,7 @@ class Represented:
         """Find the two nearest of some picks for some rows, and of those known already if these are kept."""
         lifted = self.medoids.lifted()[picks]
         x, extra, columns, error = _operands(lifted)
-        for part in blocks(len(rows), len(picks)):
+        for part in blocks(len(rows), max(len(picks), self.x.shape[1])):
             at, here = rows[part], self._rows(rows[part])
             products = self._products(here, columns)
             if keep:
@@ -327,14 +328,12 @@ class Represented:
         # By place: the candidates its rows tell of.
         told_by = offered.near[place]
         order = np.argsort(told_by, axis=None, kind="stable")
-        whom, bounds = (
-            order // told_by.shape[1],
-            np.searchsorted(told_by.ravel()[order], np.arange(len(first))),
-        )
+        whom = order // told_by.shape[1]
+        bounds = np.searchsorted(told_by.ravel()[order], np.arange(len(first)))
         cells = np.searchsorted(self.place[drawn], np.arange(len(first)))
         for at in np.flatnonzero(np.diff(cells) * np.diff(bounds)):
             mine, who = drawn[cells[at] : cells[at + 1]], whom[bounds[at] : bounds[at + 1]]
-            for part in blocks(len(mine), len(who)):
+            for part in blocks(len(mine), max(len(who), self.x.shape[1])):
                 rows, here = mine[part], self._rows(mine[part])
                 # Who may be cheaper than the nearest pick, but for errors.
                 least = (self.sq_norms[rows] - self.costs[rows, 0]) / 2 - error
@@ -348,7 +347,7 @@ class Represented:
                 np.add.at(besides, column, won)
                 foreign = place[column] != at
                 np.add.at(instead, column[foreign], won[foreign])
-        for part in blocks(len(drawn), 16 * (LEAST + 1)):
+        for part in blocks(len(drawn), max(16 * (LEAST + 1), self.x.shape[1])):
             # Without its pick, a row goes to the candidate or to its second-nearest pick.
             rows, here = drawn[part], self._rows(drawn[part])
             mine = self.place[rows]
@@ -465,8 +464,8 @@ def improve(
     """Swap picks until no swap is found that lowers the cost, or for so many passes.
 
     represent, propose and gains sum over all n rows. A pick whose squared distance to its neighbors is `unit`
-    costs each row it represents `density_cost` times what they cost on average at the start, by distance
-    alone; where `unit` is 0, as among copies, nothing. The cost is never above that of the start.
+    costs each row it represents `density_cost` times what drawn ones cost on average at the start, by
+    distance alone; where `unit` is 0, as among copies, nothing. The cost is never above that of the start.
     """
     scale, share = scale_of(n), min(1.0, SAMPLED * len(start.x) / n)
     if density_cost and unit:
