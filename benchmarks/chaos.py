@@ -32,7 +32,7 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "secret",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-# Kills by which the command itself is hit, and every how many a node is.
+# Kills from which the command itself is hit next, once each, and every how many a node is.
 DRIVER_KILLS = (3, 7)
 NODE_EVERY = 4
 # Processes of Ray itself; a node ends with its agents, and nodes are killed as that.
@@ -131,7 +131,9 @@ class Killer:
             if not workers or number > self.most:
                 # Between two attempts, while the first process starts, or after the last kill.
                 continue
-            if number in DRIVER_KILLS and self.driver and self.driver.poll() is None:
+            # Due until it can be done: between two attempts there is no command.
+            due = [*DRIVER_KILLS, np.inf][self.killed.count("the command")]
+            if number >= due and self.driver and self.driver.poll() is None:
                 self.driver.kill()
                 self.killed.append("the command")
             elif number % NODE_EVERY == 0:
