@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 
 import torch
 from torch import distributed, nn
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from selective_ray import checkpoints, networks
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import DIRECT, Access
+from selective_ray.optimization import summed
 
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -209,6 +211,39 @@ class GlobalBatchNorm(nn.Module):
         return centered * scale[:, None, None] + self.bias[:, None, None]
 
 
+class GroupedBatchNorm(nn.Module):
+    """Batch norm by the statistics of groups of images, each of all workers' images in it; without gradients.
+
+    Takes the parameters and statistics of the layer in whose place it stands, and leaves these as they are.
+    groups: int64 [b], to be set before images [b, …] come: the group of each, from 0 to count - 1.
+    """
+
+    groups: torch.Tensor
+    count: int
+
+    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(layer, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize [b, c, h, w]."""
+        # Of images, and then of them: all are of one size. Not in bfloat16, on GPUs.
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        centered = wide - self._mean(wide.mean((2, 3)))[..., None, None]
+        variance = self._mean((centered * centered).mean((2, 3)))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return torch.addcmul(self.bias[:, None, None], centered, scale[..., None, None]).to(x.dtype)
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Return for each image the mean [b, c] over those of its group."""
+        ones = x.new_ones((len(x), 1))
+        sums = x.new_zeros((self.count, x.shape[1] + 1)).index_add(0, self.groups, torch.cat([x, ones], 1))
+        sums = summed(sums)
+        return (sums[:, :-1] / sums[:, -1:].clamp(min=1))[self.groups]
+
+
 def replicas(network: nn.Module, *, device: str, workers: int, precision: str) -> tuple[nn.Module, nn.Module]:
     """Return a network as one of several workers trains it, and a copy that is to follow it.
 
@@ -224,8 +259,17 @@ def synchronized(network: nn.Module, device: str) -> nn.Module:
     """Let the batch norms of a network use the statistics of all workers' batches."""
     if device.startswith("cuda"):
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return _replaced(network, GlobalBatchNorm)
+
+
+def grouped(network: nn.Module) -> nn.Module:
+    """Let the batch norms of a network use the statistics of groups of images, which each is to be told."""
+    return _replaced(network, GroupedBatchNorm)
+
+
+def _replaced(network: nn.Module, kind: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, GlobalBatchNorm(child))
+                setattr(module, name, kind(child))
     return network

@@ -19,7 +19,8 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from selective_ray import views
+from selective_ray import classifiers, views
+from selective_ray.classifiers import GroupedBatchNorm
 from selective_ray.fixmatch import MEAN, STD
 from selective_ray.inference import autocast_dtype
 from selective_ray.networks import NormedLinear
@@ -28,6 +29,9 @@ from selective_ray.views import Views
 
 # Width of what the losses compare (SimCLR, MoCo v2, CLD).
 DIMENSION = 128
+# Keys have the batch statistics of so many groups of a step's images, as of MoCo's eight GPUs; of fewer where
+# groups were smaller than that.
+KEY_GROUPS, KEY_GROUP = 8, 16
 # Views of an image in a step.
 VIEWS = {"simclr": 2, "moco": 2, "cld": 3}
 
@@ -198,8 +202,10 @@ class Learner:
     """Networks that learn features: weights, keys, queue and optimizer.
 
     `state` and `load` hold everything that the next step depends on. The keys are of a network whose weights
-    and batch statistics follow slowly, in evaluation mode: so no image is told from the others by the
-    statistics of its batch, which MoCo prevents by shuffling (EMAN; Cai et al., 2021).
+    follow slowly, with the batch statistics of groups of the step's images, while queries have those of all:
+    so no key is found by the statistics it shares with its query, which MoCo prevents by shuffling images
+    among GPUs. Averaged statistics (EMAN; Cai et al., 2021) would do as well, but for the first thousands of
+    steps, in which they describe a network that no longer is.
     """
 
     def __init__(
@@ -221,7 +227,8 @@ class Learner:
         self.place = 0
         if recipe.method != "simclr":
             self.average = (average or copy.deepcopy(network)).to(device, memory_format=torch.channels_last)
-            self.average.eval().requires_grad_(False)
+            self.average = classifiers.grouped(self.average).requires_grad_(False)
+            self.norms = [layer for layer in self.average.modules() if isinstance(layer, GroupedBatchNorm)]
             random = torch.randn(recipe.queue, DIMENSION, dtype=next(network.parameters()).dtype)
             self.queue = F.normalize(random, dim=1).to(device)
         self.optimizer = optimizer(self.network, recipe)
@@ -247,8 +254,7 @@ class Learner:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out, grouped = map(self._exact, self.network(torch.cat(seen[:count])))
             if self.average is not None:
-                with torch.no_grad():
-                    keys = self._exact(self.average(seen[-1])[0])
+                keys = self._exact(self._keys(seen[-1], batch))
         queries = out.chunk(count)
         if self.average is None:
             found = nt_xent(*queries, recipe.temperature, batch)
@@ -265,9 +271,18 @@ class Learner:
             add_gradients(self.network)
         self.optimizer.step()
         if self.average is not None:
-            follow(self.average, self.network, recipe.keep, statistics=True)
+            follow(self.average, self.network, recipe.keep, statistics=False)
             self._enqueue(gathered(keys, batch))
         return {"instance": found.loss.detach(), "group": group.detach(), "found": found.found}
+
+    @torch.no_grad()
+    def _keys(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return the keys of this worker's images."""
+        count = max(2, min(KEY_GROUPS, batch // KEY_GROUP))
+        of = _places(batch, x.device) % count
+        for layer in self.norms:
+            layer.groups, layer.count = of, count
+        return self.average(x)[0]
 
     def _enqueue(self, keys: torch.Tensor) -> None:
         """Let the keys of a step take the places of the oldest."""

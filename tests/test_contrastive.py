@@ -197,15 +197,28 @@ def test_keys_take_the_places_of_the_oldest_and_the_average_follows():
     for t in range(3):
         take(one, t)
         weights = one.average.state_dict()
+        learned = dict(one.network.named_parameters())
         for name, value in one.network.state_dict().items():
-            if value.is_floating_point():
-                expected = 0.9 * before[name] + 0.1 * value
-                assert torch.allclose(weights[name], expected, atol=1e-12), name
+            expected = 0.9 * before[name] + 0.1 * value if name in learned else value
+            assert torch.allclose(weights[name], expected, atol=1e-12), name
         before = copy.deepcopy(weights)
     # 24 places, three times 9 keys: the last three came around.
     assert one.place == 3 and torch.equal(one.queue[:3], seen[2][6:])
     assert torch.equal(one.queue[3:9], seen[0][3:]) and torch.equal(one.queue[9:18], seen[1])
     assert not torch.equal(one.queue[:3], queue[:3])
+
+
+@pytest.mark.parametrize(("batch", "count"), [(9, 2), (40, 2), (80, 5), (150, 8)])
+def test_keys_have_the_batch_statistics_of_groups_of_images(batch, count):
+    one = learner("moco")
+    trunk = copy.deepcopy(learner("moco").network).train()
+    seen = []
+    one.average.register_forward_hook(lambda module, given, out: seen.append((given[0], out[0])))
+    take(one, 0, batch=batch)
+    (x, keys), of = seen[0], torch.arange(batch) % count
+    with torch.no_grad():
+        for group in range(count):
+            assert torch.allclose(trunk(x[of == group])[0], keys[of == group], atol=1e-9)
 
 
 @pytest.mark.parametrize("method", list(contrastive.VIEWS))
