@@ -315,6 +315,7 @@ def test_learning_presets_carry_the_published_constants(name):
         *(how.method, how.network, how.steps, how.batch),
         *(how.recipe()["temperature"], how.recipe()["lr"], how.weight_decay, how.blur),
     )
+    assert how.warmup == {"cld-cifar10": 5 * 195, "cld-cifar100": 5 * 390}.get(name, 0)
 
 
 CLUSTERED = {
