@@ -212,7 +212,7 @@ class GlobalBatchNorm(nn.Module):
 
 
 class GroupedBatchNorm(nn.Module):
-    """Batch norm by the statistics of groups of images, each of all workers' images in it; without gradients.
+    """Batch norm by the statistics of groups of images, which workers share; for networks that only infer.
 
     Takes the parameters and statistics of the layer in whose place it stands, and leaves these as they are.
     groups: int64 [b], to be set before images [b, …] come: the group of each, from 0 to count - 1.

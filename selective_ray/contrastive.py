@@ -29,8 +29,8 @@ from selective_ray.views import Views
 
 # Width of what the losses compare (SimCLR, MoCo v2, CLD).
 DIMENSION = 128
-# Keys have the batch statistics of so many groups of a step's images, as of MoCo's eight GPUs; of fewer where
-# groups were smaller than that.
+# Keys have the batch statistics of so many groups of a step's images, as MoCo's have those of eight GPUs; of
+# fewer groups where these would hold fewer images than that.
 KEY_GROUPS, KEY_GROUP = 8, 16
 # Views of an image in a step.
 VIEWS = {"simclr": 2, "moco": 2, "cld": 3}
