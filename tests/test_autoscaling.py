@@ -184,8 +184,8 @@ def _driven(growing, images: str, run: Path, options: dict) -> list:
 
 @pytest.mark.faults
 def test_machines_come_for_embedding_and_go_after_the_run(growing, tmp_path, two_cpus):
-    # So many that the second machine comes while they are embedded.
-    folder = pictures(tmp_path / "images", 3000)
+    # So many that the second machine, which takes some ten seconds, comes while they are embedded.
+    folder = pictures(tmp_path / "images", 8000)
     timeline = _driven(growing, str(folder), tmp_path / "run", OPTIONS)
     assert max(count for _, count, stage in timeline if stage == "embed") == 2, timeline
     # And nothing of it shows.
