@@ -32,7 +32,7 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "secret",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-# Kills from which the command itself is hit next, once each, and every how many a node is.
+# The command itself is hit once from each of these kills on, and a node with every so many of them.
 DRIVER_KILLS = (3, 7)
 NODE_EVERY = 4
 # Processes of Ray itself; a node ends with its agents, and nodes are killed as that.

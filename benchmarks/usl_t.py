@@ -35,17 +35,16 @@ def select(arguments: argparse.Namespace, method: str, seed: int) -> str:
     if method == "usl-t":
         words += ["--encoder", arguments.encoder]
         words += [word for one in arguments.set for word in ("--set", one)]
-    ray(*words)
+    run_command(*words)
     return run
 
 
-def ray(*words: str) -> None:
+def run_command(*words: str) -> str:
     command = [sys.executable, "-m", "selective_ray", *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(words)}: {done.stdout}{done.stderr}")
-    if words[0] == "evaluate":
-        print(done.stdout, flush=True)
+    return done.stdout
 
 
 def trained(arguments: argparse.Namespace, runs: dict[str, list[str]]) -> None:
@@ -62,10 +61,9 @@ def trained(arguments: argparse.Namespace, runs: dict[str, list[str]]) -> None:
                 picks = Run(run).read_shard("selection", 0)["image_id"].to_numpy()
                 kept.write_text(json.dumps(trial.accuracy(picks, seed, lambda: None)))
             found.append(100 * json.loads(kept.read_text()))
+        spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
         each = " ".join(f"{share:.1f}" for share in found)
-        print(
-            f"FixMatch {method:<11} {np.mean(found):.1f} ± {np.std(found, ddof=1):.1f} ({each})", flush=True
-        )
+        print(f"FixMatch {method:<11} {np.mean(found):.1f}{spread} ({each})", flush=True)
 
 
 def main() -> None:
@@ -82,12 +80,11 @@ def main() -> None:
     parser.add_argument("--train", nargs="*", help="train.key=value; without it FixMatch is left out")
     arguments = parser.parse_args()
     runs = {m: [select(arguments, m, seed) for seed in range(arguments.seeds)] for m in arguments.methods}
-    ray("evaluate", *(word for made in runs.values() for run in made for word in ("--run", run)), *FOLDERS)
+    judged = [word for made in runs.values() for run in made for word in ("--run", run)]
+    print(run_command("evaluate", *judged, "--labels", "folders", "--draws", "20"), flush=True)
     if arguments.train is not None:
         trained(arguments, runs)
 
-
-FOLDERS = ("--labels", "folders", "--draws", "20")
 
 if __name__ == "__main__":
     main()

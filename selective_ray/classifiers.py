@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional as F
 
-from selective_ray import checkpoints, networks
+from selective_ray import batch_norm, checkpoints, networks
 from selective_ray.errors import UsageError, UserError
 from selective_ray.objects import DIRECT, Access
-from selective_ray.optimization import summed
 
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -162,88 +160,6 @@ class _WideBlock(nn.Module):
         return x + self.conv2(F.leaky_relu(self.norm2(self.conv1(y)), 0.1))
 
 
-class _Summed(torch.autograd.Function):
-    """The sum over all workers; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        distributed.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        distributed.all_reduce(gradient)
-        return gradient
-
-
-class GlobalBatchNorm(nn.Module):
-    """Batch norm over the batches of all workers, on the CPU, where torch's SyncBatchNorm does not run.
-
-    Takes the parameters and statistics of the layer in whose place it stands. Mean first and then the mean
-    of squared differences: sums of squares alone would cancel.
-    """
-
-    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.eps, self.momentum = layer.eps, layer.momentum
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(layer, name))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize [b, c, h, w]."""
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        dims = (0, 2, 3)
-        size = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)
-        total = _Summed.apply(torch.cat([x.sum(dims), size]))
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centered = x - mean[:, None, None]
-        variance = _Summed.apply((centered * centered).sum(dims)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centered * scale[:, None, None] + self.bias[:, None, None]
-
-
-class GroupedBatchNorm(nn.Module):
-    """Batch norm by the statistics of groups of images, which workers share; for networks that only infer.
-
-    Takes the parameters and statistics of the layer in whose place it stands, and leaves these as they are.
-    groups: int64 [b], to be set before images [b, …] come: the group of each, from 0 to count - 1.
-    """
-
-    groups: torch.Tensor
-    count: int
-
-    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(layer, name))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize [b, c, h, w]."""
-        # Of images, and then of them: all are of one size. Not in bfloat16, on GPUs.
-        wide = x.float() if x.dtype.itemsize < 4 else x
-        centered = wide - self._mean(wide.mean((2, 3)))[..., None, None]
-        variance = self._mean((centered * centered).mean((2, 3)))
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias[:, None, None], centered, scale[..., None, None]).to(x.dtype)
-
-    def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        """Return for each image the mean [b, c] over those of its group."""
-        ones = x.new_ones((len(x), 1))
-        sums = x.new_zeros((self.count, x.shape[1] + 1)).index_add(0, self.groups, torch.cat([x, ones], 1))
-        sums = summed(sums)
-        return (sums[:, :-1] / sums[:, -1:].clamp(min=1))[self.groups]
-
-
 def replicas(network: nn.Module, *, device: str, workers: int, precision: str) -> tuple[nn.Module, nn.Module]:
     """Return a network as one of several workers trains it, and a copy that is to follow it.
 
@@ -252,24 +168,4 @@ def replicas(network: nn.Module, *, device: str, workers: int, precision: str) -
     if precision == "float64":
         network = network.double()
     average = copy.deepcopy(network)
-    return synchronized(network, device) if workers > 1 else network, average
-
-
-def synchronized(network: nn.Module, device: str) -> nn.Module:
-    """Let the batch norms of a network use the statistics of all workers' batches."""
-    if device.startswith("cuda"):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return _replaced(network, GlobalBatchNorm)
-
-
-def grouped(network: nn.Module) -> nn.Module:
-    """Let the batch norms of a network use the statistics of groups of images, which each is to be told."""
-    return _replaced(network, GroupedBatchNorm)
-
-
-def _replaced(network: nn.Module, kind: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, kind(child))
-    return network
+    return batch_norm.synchronized(network, device) if workers > 1 else network, average

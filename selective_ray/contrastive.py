@@ -19,8 +19,8 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from selective_ray import classifiers, views
-from selective_ray.classifiers import GroupedBatchNorm
+from selective_ray import batch_norm, views
+from selective_ray.batch_norm import GroupedBatchNorm
 from selective_ray.fixmatch import MEAN, STD
 from selective_ray.inference import autocast_dtype
 from selective_ray.networks import NormedLinear
@@ -30,7 +30,7 @@ from selective_ray.views import Views
 # Width of what the losses compare (SimCLR, MoCo v2, CLD).
 DIMENSION = 128
 # Keys have the batch statistics of so many groups of a step's images, as MoCo's have those of eight GPUs; of
-# fewer groups where these would hold fewer images than that.
+# fewer groups, but at least two, where they would be of fewer images than the second number.
 KEY_GROUPS, KEY_GROUP = 8, 16
 # Views of an image in a step.
 VIEWS = {"simclr": 2, "moco": 2, "cld": 3}
@@ -204,8 +204,8 @@ class Learner:
     `state` and `load` hold everything that the next step depends on. The keys are of a network whose weights
     follow slowly, with the batch statistics of groups of the step's images, while queries have those of all:
     so no key is found by the statistics it shares with its query, which MoCo prevents by shuffling images
-    among GPUs. Averaged statistics (EMAN; Cai et al., 2021) would do as well, but for the first thousands of
-    steps, in which they describe a network that no longer is.
+    among GPUs. Averaged statistics (EMAN; Cai et al., 2021) would prevent it, too, but lag behind a network
+    that learns quickly: in 600 steps little was learned with them (benchmarks/README.md, "Learned features").
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Learner:
         self.place = 0
         if recipe.method != "simclr":
             self.average = (average or copy.deepcopy(network)).to(device, memory_format=torch.channels_last)
-            self.average = classifiers.grouped(self.average).requires_grad_(False)
+            self.average = batch_norm.grouped(self.average).requires_grad_(False)
             self.norms = [layer for layer in self.average.modules() if isinstance(layer, GroupedBatchNorm)]
             random = torch.randn(recipe.queue, DIMENSION, dtype=next(network.parameters()).dtype)
             self.queue = F.normalize(random, dim=1).to(device)

@@ -18,7 +18,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from selective_ray import augment, classifiers, views
+from selective_ray import augment, batch_norm, views
 from selective_ray.optimization import add_gradients, summed
 from selective_ray.views import Views
 
@@ -183,7 +183,7 @@ class Learner:
         self.workers = distributed.get_world_size() if distributed.is_initialized() else 1
         self.trunk = None
         if trunk is not None:
-            shared = classifiers.synchronized(trunk, device) if self.workers > 1 else trunk
+            shared = batch_norm.synchronized(trunk, device) if self.workers > 1 else trunk
             self.trunk = shared.to(device, memory_format=torch.channels_last)
         width = self._features(np.zeros((2, image_size, image_size, 3), np.uint8), train=False).shape[1]
         heads = linear(count, clusters, width) if start is None else Heads(start.clone(), None, scale)

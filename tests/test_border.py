@@ -11,8 +11,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in 
 
 # They are imported where a network is loaded, or a GPU is used.
 ABOUT_TORCH = (
-    *("assignment_torch", "augment", "classifiers", "contrastive", "fixmatch", "inference", "networks"),
-    *("neighbors_torch", "optimization", "usl_t", "views"),
+    *("assignment_torch", "augment", "batch_norm", "classifiers", "contrastive", "fixmatch", "inference"),
+    *("networks", "neighbors_torch", "optimization", "usl_t", "views"),
 )
 
 

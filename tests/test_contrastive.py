@@ -10,7 +10,7 @@ from torch import distributed
 from torch.nn import functional as F
 from torchvision.transforms import functional as published
 
-from selective_ray import batches, classifiers, contrastive, views
+from selective_ray import batch_norm, batches, classifiers, contrastive, views
 from selective_ray.contrastive import Learner, Recipe
 from selective_ray.views import Views
 
@@ -173,7 +173,7 @@ def learner(method, **options):
     network = contrastive.projected(method, trunk, width).double()
     average = copy.deepcopy(network)
     if distributed.is_initialized():
-        network = classifiers.synchronized(network, "cpu")
+        network = batch_norm.synchronized(network, "cpu")
     recipe = Recipe(
         method=method, steps=40, queue=24, groups=3, lr=0.05, keep=0.9, temperature=0.2, **options
     )

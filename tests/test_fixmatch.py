@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from selective_ray import augment, batches, classifiers, fixmatch, optimization
+from selective_ray import augment, batch_norm, batches, classifiers, fixmatch, optimization
 from selective_ray.fixmatch import Learner, Recipe
 
 
@@ -199,7 +199,7 @@ def _share(rank, workers, place, out):
     torch.manual_seed(0)
     network = classifiers.build("wrn-10-1", 3).double()
     average = copy.deepcopy(network)
-    network = classifiers.synchronized(network, "cpu")
+    network = batch_norm.synchronized(network, "cpu")
     one = Learner(network, Recipe(steps=20, threshold=0.34), precision="float64", average=average)
     for t in range(20):
         take(one, t, rank, workers)
