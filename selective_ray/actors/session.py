@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +48,7 @@ class Session:
         # Ray would try a task that runs out of memory again without end.
         os.environ.setdefault("RAY_task_oom_retries", "3")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if self.address and self.address != "local":
                 ray.init(address=self.address, **quiet)
@@ -59,6 +62,9 @@ class Session:
             )
             raise UserError(f"Ray could not be started or reached {where}: {error}") from None
         self.ours = True
+        if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+            # Ray has put its own in its place, which ends with a stack trace in place of a sentence.
+            signal.signal(signal.SIGTERM, on_sigterm)
         _check_everywhere(self.everywhere)
 
 
